@@ -1,0 +1,368 @@
+"""The configuration of a run: typed, frozen, checked before Ray starts or a model loads.
+
+A default lives here and nowhere else. Unknown keys are errors that name the nearest key; a key that the chosen
+objective does not read is an error too (`check_effects`). No torch, no ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raylign.errors import ConfigError
+
+EMBEDDED = "embedded"
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, keyword-only, no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it reproducible."""
+
+    name: str = Field("default", description="directory of the run below run.storage", pattern=r"^[A-Za-z0-9._-]+$")
+    storage: str = Field(
+        "runs", description="root of all runs and of the feature cache; shared storage on several nodes"
+    )
+    seed: int = Field(0, ge=0, description="seed of splits, heads, data order, dropout and sampling")
+    resume: bool = Field(False, description="continue the run in its directory instead of refusing to touch it")
+
+
+class PolicySection(Section):
+    """The model that is aligned; the frozen reference is the same model before training."""
+
+    model: str = Field(EMBEDDED, description="HF directory or hub id; 'embedded' is the tiny model that ships")
+    adapter: Literal["full", "lora"] = Field("full", description="train all weights or a LoRA adapter (peft)")
+    lora_rank: int = Field(16, ge=1, description="rank of the adapter")
+    lora_alpha: int = Field(32, ge=1, description="scale of the adapter is lora_alpha / lora_rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the adapter")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto is bfloat16 on GPUs that have it and float32 elsewhere"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    trust_remote_code: bool = Field(False, description="run code shipped inside the model repository")
+
+
+class DataSection(Section):
+    """Preference pairs and how rows become token ids."""
+
+    path: str = Field(EMBEDDED, description="file, directory, glob or hf://datasets/... of jsonl(.gz) or parquet")
+    format: Literal["auto", "trl", "hh", "pku"] = Field(
+        "auto", description="row format; auto looks at each row's columns"
+    )
+    prefer: Literal["safer", "better"] = Field(
+        "safer", description="PKU-SafeRLHF label that says which answer is chosen"
+    )
+    valid_fraction: float = Field(0.1, gt=0, lt=0.5, description="prompts held out to choose the reward checkpoint")
+    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="prompts held out for every reported number")
+    max_length: int = Field(512, ge=16, description="tokens of prompt plus one answer")
+    max_prompt_length: int | None = Field(
+        None, ge=8, description="tokens of a prompt, longer ones are quarantined; default three quarters of max_length"
+    )
+    max_pairs: int | None = Field(None, ge=8, description="use at most so many valid pairs, chosen by hash")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="stop when more rows than this are quarantined")
+
+    @property
+    def prompt_limit(self) -> int:
+        """Longest prompt that is used, in tokens."""
+        return self.max_prompt_length if self.max_prompt_length is not None else self.max_length * 3 // 4
+
+
+class FeaturesSection(Section):
+    """The one forward of the reference policy per pair."""
+
+    layers: list[int] | Literal["all"] = Field(
+        "all", description="transformer layers kept, from 1; 'all' keeps every one"
+    )
+    dtype: Literal["float32", "float16"] = Field("float16", description="storage type of the hidden states")
+    batch_tokens: int = Field(4096, ge=64, description="tokens of one forward")
+    num_actors: int = Field(1, ge=1, description="model-holding Ray Data actors")
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs of one actor")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs of one actor, fractions allowed")
+
+
+class RewardSection(Section):
+    """The hybrid layer-mixture probe (arXiv:2503.10093)."""
+
+    folds: int = Field(
+        5,
+        ge=1,
+        description="each pair is scored by a head fitted on the other folds; 1 scores with the head that saw it",
+    )
+    epochs: int = Field(10, ge=0, description="passes over the head's training pairs after the ridge start")
+    batch_size: int = Field(32, ge=1, description="pairs of one head step")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW step of the head")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of the head")
+    ridge: float = Field(0.1, gt=0, description="penalty of the ridge start, per training pair")
+    bce_weight: float = Field(1.0, ge=0, description="weight of the calibration anchor (E3); 0 drops it")
+    margin_target: float = Field(1.0, ge=0, description="margin asked for by the pair loss (E2), reward units")
+    train_probes: bool = Field(True, description="train probes and vote; False trains the vote alone")
+
+
+class ConfidenceSection(Section):
+    """How a reward margin becomes the label confidence gamma of the loss (E4)."""
+
+    source: Literal["fixed", "live"] = Field(
+        "fixed", description="from the cached reference features, or from the policy's current detached states"
+    )
+    level: Literal["pair", "batch"] = Field("pair", description="one gamma per pair, or one for the whole batch")
+    alpha: float = Field(7.5, gt=0, description="sharpness of gamma")
+    floor: float = Field(0.0, ge=0, lt=1, description="smallest gamma; 0.5 forbids flips, as the released code does")
+    center: Literal["ema", "none"] = Field("ema", description="subtract a running mean reward before the squash")
+    center_decay: float = Field(0.99, ge=0, lt=1, description="decay of that mean, per update")
+    squash: Literal["sigmoid", "none"] = Field("sigmoid", description="none is sigmoid(margin / temperature)")
+    temperature: float | Literal["fitted"] = Field(
+        "fitted", description="reward units, for squash=none; 'fitted' is calibrated on the validation pairs"
+    )
+    track: Literal["none", "anchor", "stored_order"] = Field(
+        "none",
+        description="let the head follow the drifting states, on labelled anchor pairs or on the batch's stored order",
+    )
+    track_learning_rate: float = Field(1e-3, gt=0, description="step of the tracking head, once per update")
+    track_batch_size: int = Field(16, ge=1, description="anchor pairs re-encoded per update")
+
+
+class TrainSection(Section):
+    """The off-policy trainer."""
+
+    objective: Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo"] = Field(
+        "label_confidence", description="loss over pairs"
+    )
+    beta: float = Field(0.15, gt=0, description="strength of the KL tie to the reference")
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="assumed share of flipped labels (cdpo, rdpo)")
+    ipo_tau: float = Field(0.1, gt=0, description="regularisation of ipo; its target margin is 1 / (2 tau)")
+    epochs: int = Field(1, ge=1, description="passes over the training pairs")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many updates")
+    batch_size: int = Field(32, ge=1, description="pairs per update over all workers, whatever their number")
+    batch_tokens: int = Field(4096, ge=64, description="token budget of one micro-batch on one worker")
+    learning_rate: float = Field(1e-4, gt=0, description="peak step of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the updates that warm up linearly")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay of matrices")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
+    layout: Literal["auto", "shared", "packed", "padded"] = Field(
+        "auto", description="auto shares the prompt between both answers where the architecture allows it"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="replicate the model or shard it (FSDP2)")
+    checkpoint_every: int = Field(50, ge=1, description="updates between checkpoints; the last update always has one")
+    log_every: int = Field(5, ge=1, description="updates between metric records")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    max_failures: int = Field(2, ge=0, description="worker failures survived by restarting from the last checkpoint")
+
+
+class EvaluateSection(Section):
+    """Safety and over-refusal, before and after, and the drift check."""
+
+    prompts: str = Field(EMBEDDED, description="jsonl with prompt, category, harmful; 'embedded' ships")
+    judge: str = Field(EMBEDDED, description="HF sequence classifier (directory or hub id) with an 'unsafe' label")
+    num_prompts: int = Field(160, ge=2, description="prompts used, half of them benign, chosen by seed")
+    max_new_tokens: int = Field(64, ge=4, description="length limit of an answer")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 is greedy")
+    batch_size: int = Field(64, ge=1, description="prompts generated together")
+    drift_prompts: int = Field(24, ge=4, description="held-out prompts whose candidates measure drift")
+    drift_candidates: int = Field(8, ge=2, description="answers sampled per prompt from the reference")
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples behind every interval")
+
+
+class ResourcesSection(Section):
+    """What Ray is asked for; compared with the cluster before anything starts."""
+
+    num_workers: int = Field(1, ge=1, description="training workers")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one training worker")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of one training worker, 0 or at least 1")
+    start_timeout_s: float = Field(120, gt=0, description="longest wait for workers to start")
+
+
+class TrackingSection(Section):
+    """Where metrics go besides the run directory."""
+
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="Weights & Biases; key from WANDB_API_KEY only"
+    )
+    project: str = Field("raylign", description="Weights & Biases project")
+
+
+class RunConfig(Section):
+    """Everything one run of the main job reads."""
+
+    run: RunSection = RunSection()
+    policy: PolicySection = PolicySection()
+    data: DataSection = DataSection()
+    features: FeaturesSection = FeaturesSection()
+    reward: RewardSection = RewardSection()
+    confidence: ConfidenceSection = ConfidenceSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    resources: ResourcesSection = ResourcesSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _keys_have_effect(self) -> RunConfig:
+        check_effects(self)
+        return self
+
+
+def check_effects(config: RunConfig) -> None:
+    """Refuse keys that were set but that the chosen method never reads.
+
+    Raises:
+        ConfigError: naming the key, the choice that makes it idle, and the choice that would read it.
+    """
+    for key, cure in idle_keys(config).items():
+        section, _, name = key.partition(".")
+        if name in getattr(config, section).model_fields_set:
+            raise ConfigError(f"{key} is set but has no effect here; remove it or {cure}")
+    if config.data.prompt_limit >= config.data.max_length:
+        raise ConfigError(
+            f"data.max_prompt_length={config.data.max_prompt_length} leaves no room for an answer "
+            f"within data.max_length={config.data.max_length}"
+        )
+    if 0 < config.resources.gpus_per_worker < 1:
+        raise ConfigError(
+            f"resources.gpus_per_worker={config.resources.gpus_per_worker} must be 0 or at least 1: "
+            "NCCL does not share one GPU between workers"
+        )
+    if config.data.valid_fraction + config.data.test_fraction >= 1:
+        raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
+
+
+def idle_keys(config: RunConfig) -> dict[str, str]:
+    """Keys that the chosen method does not read, each with the change that would make it read."""
+    train, confidence, policy = config.train, config.confidence, config.policy
+    idle: dict[str, str] = {}
+
+    def reads(is_read: bool, section: str, names: Sequence[str], cure: str) -> None:
+        if not is_read:
+            idle.update({f"{section}.{name}": cure for name in names if f"{section}.{name}" not in idle})
+
+    uses_confidence = train.objective == "label_confidence"
+    reads(train.objective in ("cdpo", "rdpo"), "train", ["label_smoothing"], "set train.objective=cdpo or rdpo")
+    reads(train.objective == "ipo", "train", ["ipo_tau"], "set train.objective=ipo")
+    reads(train.objective != "ipo", "train", ["beta"], "use train.ipo_tau, which is what ipo reads")
+    reads(uses_confidence, "confidence", list(ConfidenceSection.model_fields), "set train.objective=label_confidence")
+    live = confidence.source == "live"
+    reads(live, "confidence", ["track"], "set confidence.source=live")
+    reads(live and confidence.track != "none", "confidence", ["track_learning_rate"], "set confidence.track=anchor")
+    reads(live and confidence.track == "anchor", "confidence", ["track_batch_size"], "set confidence.track=anchor")
+    squashed = confidence.squash == "sigmoid"
+    reads(not squashed, "confidence", ["temperature"], "set confidence.squash=none")
+    reads(squashed, "confidence", ["alpha", "center"], "set confidence.squash=sigmoid")
+    reads(squashed and confidence.center == "ema", "confidence", ["center_decay"], "set confidence.center=ema")
+    reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
+    reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
+    return idle
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """All dotted keys, for example "train.beta"."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys.extend(known_keys(annotation, f"{prefix}{name}."))
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Build a checked configuration from defaults, a YAML file, a mapping and dotted overrides, later ones winning.
+
+    Args:
+        path: YAML file with the sections of `RunConfig`; a bare name is also looked up among the shipped configs.
+        overrides: "section.key=value" strings; values are read as YAML.
+        values: nested mapping, for use from Python.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest known one), bad value, or a key without effect.
+    """
+    merged: dict[str, Any] = _read_yaml(Path(path)) if path is not None else {}
+    for section, content in (values or {}).items():
+        if isinstance(content, Mapping):
+            merged.setdefault(section, {}).update(content)
+        else:
+            merged[section] = content
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or "." not in key:
+            raise ConfigError(f"override {override!r} must look like section.key=value, for example train.beta=0.1")
+        section, _, name = key.partition(".")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+        if isinstance(value, str):
+            value = _number_or_text(value)
+        if not isinstance(merged.setdefault(section, {}), dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
+        merged[section][name] = value
+    return _validate(merged)
+
+
+def _number_or_text(text: str) -> float | str:
+    """YAML 1.1 reads 1e-6 as text; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold sections such as 'train:', found {type(content).__name__}")
+    for section, body in content.items():
+        if isinstance(body, dict):
+            content[section] = {k: _number_or_text(v) if isinstance(v, str) else v for k, v in body.items()}
+    return content
+
+
+def _validate(merged: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        sections = list(RunConfig.model_fields)
+        candidates = known_keys() + sections
+        near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+        if not near:
+            same_leaf = [k for k in candidates if k.rpartition(".")[2] == key.rpartition(".")[2]]
+            near = same_leaf[:1]
+        hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(sections)}"
+        return f"unknown config key {key}: {hint}"
+    if isinstance(item.get("ctx", {}).get("error"), ConfigError):
+        return str(item["ctx"]["error"])
+    return f"{key}={item['input']!r}: {item['msg']}"
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, every key that has an effect spelled out; `load_config` reads it back."""
+    content = config.model_dump()
+    for key in idle_keys(config):
+        section, _, name = key.partition(".")
+        del content[section][name]
+    return yaml.safe_dump({k: v for k, v in content.items() if v}, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Loading transformers models and the one packed forward."""

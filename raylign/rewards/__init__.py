@@ -1,0 +1,1 @@
+"""Pure reward models over cached features."""
