@@ -348,10 +348,8 @@ def _explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         sections = list(RunConfig.model_fields)
         candidates = known_keys() + sections
-        near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
-        if not near:
-            same_leaf = [k for k in candidates if k.rpartition(".")[2] == key.rpartition(".")[2]]
-            near = same_leaf[:1]
+        near = [k for k in known_keys() if k.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = near or difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(sections)}"
         return f"unknown config key {key}: {hint}"
     if isinstance(item.get("ctx", {}).get("error"), ConfigError):

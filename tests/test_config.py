@@ -1,0 +1,100 @@
+"""Configuration: defaults, overrides, errors that name the cure, and the printed form that loads back."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import yaml
+
+from raylign.config import RunConfig, idle_keys, known_keys, load_config, to_yaml
+from raylign.errors import ConfigError
+
+
+def test_overrides_win_over_file_and_file_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  beta: 0.3\n  epochs: 2\n")
+    config = load_config(path, ["train.beta=0.5"])
+    assert (config.train.beta, config.train.epochs, config.train.batch_size) == (0.5, 2, RunConfig().train.batch_size)
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  learning_rate: 3e-5\n")
+    assert load_config(path).train.learning_rate == 3e-5
+    assert load_config(None, ["train.learning_rate=1e-6"]).train.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.betta=0.1", "train.beta"),
+        ("trian.beta=0.1", "train"),
+        ("data.max_lenght=64", "data.max_length"),
+        ("policy.beta=0.1", "train.beta"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, nearest):
+    with pytest.raises(ConfigError, match=f"unknown config key.*did you mean {nearest}"):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.beta=-1"], r"train.beta=-1.*greater than 0"),
+        (["train.label_smoothing=0.2"], r"train.label_smoothing is set but has no effect.*objective=cdpo or rdpo"),
+        (["train.objective=rdpo", "train.label_smoothing=0.5"], r"label_smoothing=0.5"),
+        (["train.objective=ipo", "train.beta=0.1"], r"train.beta is set but has no effect.*ipo_tau"),
+        (["train.objective=dpo", "confidence.alpha=3"], r"confidence.alpha is set but has no effect.*label_confidence"),
+        (["confidence.track=anchor"], r"confidence.track is set but has no effect.*source=live"),
+        (["policy.lora_rank=4"], r"policy.lora_rank is set but has no effect.*adapter=lora"),
+        (["data.max_prompt_length=512", "data.max_length=512"], r"leaves no room for an answer"),
+        (["resources.gpus_per_worker=0.5"], r"NCCL"),
+        (["train.beta"], r"must look like section.key=value"),
+        (["train=3", "train.beta=0.1"], r"must look like"),
+        (["run.name=a/b"], r"run.name"),
+        (["train.objective=[dpo"], r"not valid YAML"),
+    ],
+)
+def test_bad_values_are_config_errors(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize("content", ["train: [1, 2", "- a\n- b\n", "train: 3\n"])
+def test_bad_files_are_config_errors(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read config file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("objective", ["label_confidence", "dpo", "cdpo", "rdpo", "ipo"])
+def test_printed_config_loads_back(tmp_path, objective):
+    config = load_config(None, [f"train.objective={objective}", "policy.adapter=lora"])
+    path = tmp_path / "printed.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path).model_dump() == config.model_dump()
+
+
+def test_idle_keys_exist_and_are_not_printed():
+    config = load_config(None, ["train.objective=dpo"])
+    idle = idle_keys(config)
+    assert set(idle) <= set(known_keys())
+    printed = yaml.safe_load(to_yaml(config))
+    assert not [key for key in idle if key.split(".")[1] in printed.get(key.split(".")[0], {})]
+    assert "confidence.alpha" in idle
+    assert "train.label_smoothing" in idle
+
+
+def test_config_is_frozen_and_picklable():
+    config = load_config(None, ["train.beta=0.4"])
+    with pytest.raises(Exception, match="frozen"):
+        config.train.beta = 1.0
+    assert pickle.loads(pickle.dumps(config)) == config
