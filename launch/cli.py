@@ -1,0 +1,137 @@
+"""The `raylign` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raylign import __version__
+from raylign.config import RunConfig, load_config, to_yaml
+from raylign.errors import ConfigError, RaylignError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class Commands(click.Group):
+    """Turns errors made for users into one line and exit code 2 (configuration) or 1 (everything else)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except RaylignError as error:
+            click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="raylign")
+def main() -> None:
+    """Safety alignment of language models on Ray: re-ranked off-policy training with a measured price."""
+
+
+def config_options(command: Any) -> Any:
+    """`--config FILE`, `--print-config` and dotted overrides, the same for every command that reads a config."""
+    command = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(command)
+    command = click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")(command)
+    return click.option(
+        "--config", "path", metavar="FILE", help="YAML file, or the name of a shipped one (see launch/configs)."
+    )(command)
+
+
+def resolve(path: str | None, overrides: tuple[str, ...], print_config: bool) -> RunConfig:
+    """Load the configuration, looking a bare name up among the shipped files; print it and exit when asked to."""
+    if path is not None and not Path(path).exists() and (CONFIGS / path).exists():
+        path = str(CONFIGS / path)
+    config = load_config(path, overrides)
+    if print_config:
+        click.echo(to_yaml(config), nl=False)
+        raise SystemExit(0)
+    return config
+
+
+@main.command()
+@config_options
+def align(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Run the main job: ingest, features, reward, rank, train, evaluate, report.
+
+    Without arguments it aligns the embedded tiny model on the embedded data, offline, on two CPU cores.
+    """
+    config = resolve(path, overrides, print_config)
+    from raylign.runtime.pipeline import align as run_align
+
+    result = run_align(config)
+    click.echo(result.table)
+    click.echo(f"checkpoint  {result.checkpoint}")
+    click.echo(f"report      {result.report}")
+
+
+@main.command()
+@config_options
+def check(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Validate a configuration, the data path and the model directory without starting Ray."""
+    config = resolve(path, overrides, print_config)
+    from raylign.runtime.check import check_config
+
+    for line in check_config(config):
+        click.echo(line)
+    click.echo("ok")
+
+
+@main.group()
+def data() -> None:
+    """Look at preference data."""
+
+
+@data.command("inspect")
+@config_options
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(1, 100), help="Pairs to show.")
+def inspect_data(path: str | None, overrides: tuple[str, ...], print_config: bool, rows: int) -> None:
+    """Show the first pairs with their token masks: prompt, scored response, end of response."""
+    config = resolve(path, overrides, print_config)
+    from raylign.data.inspect import inspect_source
+    from raylign.models.loading import load_tokenizer, resolve_model
+
+    tokenizer = load_tokenizer(resolve_model(config.policy.model), trust_remote_code=config.policy.trust_remote_code)
+    click.echo(inspect_source(config.data, tokenizer, num_rows=rows, use_color=sys.stdout.isatty()))
+
+
+@main.command()
+@click.argument("checkpoint")
+@config_options
+def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Judge a HF or PEFT CHECKPOINT on safety and benign prompts; prints one table and JSON."""
+    config = resolve(path, overrides, print_config)
+    from raylign.runtime.pipeline import evaluate_checkpoint
+
+    click.echo(evaluate_checkpoint(checkpoint, config))
+
+
+@main.command()
+def env() -> None:
+    """Print versions, devices and known conflicts of this installation."""
+    from raylign.runtime.check import environment
+
+    click.echo(json.dumps(environment(), indent=2))
+
+
+@main.group()
+def assets() -> None:
+    """The embedded model, judge and data."""
+
+
+@assets.command("build", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def build(arguments: tuple[str, ...]) -> None:
+    """Train the embedded model and judge from a corpus; `raylign assets build --help` lists the options."""
+    from launch.build_assets import main as build_main
+
+    build_main(list(arguments))
+
+
+if __name__ == "__main__":
+    main()
