@@ -97,6 +97,7 @@ class RewardSection(Section):
         ge=1,
         description="each pair is scored by a head fitted on the other folds; 1 scores with the head that saw it",
     )
+    max_pairs: int = Field(20_000, ge=8, description="pairs the heads are fitted on, chosen by hash; bounds memory")
     epochs: int = Field(10, ge=0, description="passes over the head's training pairs after the ridge start")
     batch_size: int = Field(32, ge=1, description="pairs of one head step")
     learning_rate: float = Field(1e-4, gt=0, description="AdamW step of the head")

@@ -1,0 +1,85 @@
+"""`raylign check` and `raylign env`: everything that can be found wrong before Ray starts or a model loads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raylign.config import EMBEDDED, RunConfig
+from raylign.errors import MissingDependencyError, ModelError
+from raylign.runtime.phases import versions
+
+BROKEN_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+
+def check_config(config: RunConfig) -> list[str]:
+    """Check what a configuration names: files, model directories, packages.
+
+    Returns:
+        One line per thing looked at.
+
+    Raises:
+        RaylignError: the first thing that cannot work, with its cure.
+    """
+    from raylign.data.sources import list_files
+    from raylign.evaluation.prompts import load_prompts
+    from raylign.models.loading import load_tokenizer, resolve_model
+
+    for problem in conflicts():
+        raise MissingDependencyError(problem)
+    if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'")
+    model = resolve_model(config.policy.model)
+    tokenizer = load_tokenizer(model, trust_remote_code=config.policy.trust_remote_code)
+    files = list_files(config.data.path)
+    prompts = load_prompts(config.evaluate.prompts)
+    if config.evaluate.judge != EMBEDDED and not _is_model(config.evaluate.judge):
+        raise ModelError(
+            f"evaluate.judge={config.evaluate.judge} is neither a model directory nor a hub id such as org/name"
+        )
+    return [
+        f"model    {model} ({len(tokenizer)} tokens, chat template found)",
+        f"data     {len(files)} file(s), first {files[0]}",
+        f"prompts  {len(prompts)} ({sum(p.harmful for p in prompts)} harmful)",
+        f"method   {config.train.objective}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
+    ]
+
+
+def _is_model(name: str) -> bool:
+    return (Path(name) / "config.json").is_file() or (name.count("/") == 1 and not Path(name).exists())
+
+
+def conflicts() -> Iterator[str]:
+    """Known broken combinations of installed packages, each with its cure."""
+    local = importlib.metadata.version("torch").partition("+")[2]
+    for name in BROKEN_COMPANIONS:
+        try:
+            companion = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if local == "cpu" and "cpu" not in companion:
+            yield (
+                f"{name} {companion} is a CUDA build beside the CPU build of torch, which breaks transformers; "
+                f"cure: pip uninstall -y {' '.join(BROKEN_COMPANIONS)}"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """What a bug report needs: versions, devices, cores, conflicts. No environment variables, no secrets."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": devices,
+        "bfloat16": bool(devices) and torch.cuda.is_bf16_supported(),
+        "conflicts": list(conflicts()),
+    }
