@@ -114,11 +114,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk_tokens: int,
         softcap: float | None,
     ) -> torch.Tensor:
-        chunks = zip(hidden_ND.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True)
         picked, normalizers = [], []
-        for hidden_cD, labels_c in chunks:
-            logits_cV = _logits(hidden_cD, weight_VD, bias, softcap)
-            picked.append(logits_cV.gather(1, labels_c[:, None])[:, 0])
+        for start in range(0, hidden_ND.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits_cV = _logits(hidden_ND[rows], weight_VD, bias, softcap)
+            picked.append(logits_cV.gather(1, labels_N[rows, None])[:, 0])
             normalizers.append(torch.logsumexp(logits_cV, dim=1))
         normalizer_N = torch.cat(normalizers)
         ctx.save_for_backward(hidden_ND, weight_VD, bias, labels_N, normalizer_N)
@@ -126,7 +126,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return torch.cat(picked) - normalizer_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_ND, weight_VD, bias, labels_N, normalizer_N = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

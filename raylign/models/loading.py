@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,7 +123,8 @@ def load_policy(
         if report["missing_keys"]:
             raise ModelError(f"{directory}: the weights lack {_some(report['missing_keys'])}")
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with _without_renaming_warnings():
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter == "full":
             return model
         from peft import LoraConfig, get_peft_model
@@ -134,7 +137,8 @@ def load_policy(
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(directory),
         )
-        return get_peft_model(model, config).eval()
+        with _without_renaming_warnings():
+            return get_peft_model(model, config).eval()
 
 
 def _load_adapter(directory: Path, **base_options: Any) -> PeftModel:
@@ -145,9 +149,18 @@ def _load_adapter(directory: Path, **base_options: Any) -> PeftModel:
         raise ModelError(f"{directory / _ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
     model = load_policy(resolve_model(base), **base_options)
     try:
-        return PeftModel.from_pretrained(model, directory, is_trainable=True).eval()
+        with _without_renaming_warnings():
+            return PeftModel.from_pretrained(model, directory, is_trainable=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load the adapter in {directory} onto {base}: {error}") from error
+
+
+@contextmanager
+def _without_renaming_warnings() -> Iterator[None]:
+    """Transformers 5.23 renamed "gradient" to "activation" checkpointing; 5.20 and peft know the old names only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        yield
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
