@@ -7,7 +7,7 @@ Between processes the hops are arrow columns of one `ray.data.Dataset`; every ph
     ingest    row_id, source, prompt_key, split, prompt, chosen, rejected, chosen_safe, rejected_safe,
               prompt_ids, chosen_ids, rejected_ids
     features  + chosen_states, rejected_states, ref_chosen_logps, ref_rejected_logps
-    rank      + chosen_reward, rejected_reward, margin_mean, margin_variance, label_confidence, fold, pair_rank, weight
+    rank      + chosen_reward, rejected_reward, margin_mean, margin_variance, label_confidence, fold, weight
 
 Shape letters: B pairs, L layers, D hidden width, P/C/R prompt/chosen/rejected tokens, N scored tokens, S row length.
 This module imports neither torch nor ray.
@@ -48,7 +48,6 @@ RANK_COLUMNS = (
     "margin_variance",
     "label_confidence",
     "fold",
-    "pair_rank",
     "weight",
 )
 
@@ -137,8 +136,8 @@ class PackedBatch:
     """A micro-batch of B pairs laid out in rows; the model sees only this.
 
     Layouts: "shared" stores prompt, chosen, rejected once each, rejected positions restart after the prompt and a mask
-    keeps the two answers apart; "packed" stores prompt+chosen and prompt+rejected back to back; "padded" is one sequence
-    a row with right padding and a 2-D mask, the plain path that the others are tested against.
+    keeps the two answers apart; "packed" stores prompt+chosen and prompt+rejected back to back; "padded" is one
+    sequence a row with right padding and a 2-D mask, the plain path that the others are tested against.
 
     Attributes:
         input_ids: (rows, S) int64, pad tokens where unused.
