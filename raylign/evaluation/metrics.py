@@ -1,0 +1,197 @@
+r"""Statistics of a run's reports: means with intervals, ranking quality and calibration.
+
+Arrays in, floats or an `Interval` out; every resampling takes its generator. Shape letters: N items, B pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from raylign.errors import DataError, ShapeError
+from raylign.types import Interval
+
+Floats: TypeAlias = NDArray[np.float64]
+
+_DRAWS_PER_BLOCK = 2**22  # resampled items held in memory at a time
+_NORMAL_95 = 1.959963984540054
+
+
+def bootstrap_mean(values: ArrayLike, *, num_samples: int, generator: np.random.Generator) -> Interval:
+    """Mean with its 95 % percentile bootstrap interval.
+
+    Args:
+        values: one number per independent item. Shape (N,).
+        num_samples: resamples, at least 1.
+        generator: source of the resamples.
+
+    Returns:
+        The interval; its numbers are nan when there is no item.
+
+    Raises:
+        ShapeError: values that are not one-dimensional.
+
+    Source: Efron (1979); Efron and Tibshirani (1993), Section 13.3.
+    """
+    values_N = _vector(values, "values")
+    num_items = len(values_N)
+    if num_items == 0:
+        return Interval(mean=math.nan, low=math.nan, high=math.nan, num_items=0)
+    block = max(1, _DRAWS_PER_BLOCK // num_items)
+    means = np.concatenate(
+        [
+            values_N[generator.integers(num_items, size=(min(block, num_samples - start), num_items))].mean(axis=1)
+            for start in range(0, num_samples, block)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(mean=float(values_N.mean()), low=float(low), high=float(high), num_items=num_items)
+
+
+def paired_bootstrap_difference(
+    before: ArrayLike, after: ArrayLike, *, num_samples: int, generator: np.random.Generator
+) -> Interval:
+    """Mean change on the same items; prompts are resampled, so that what they have in common cancels.
+
+    Args:
+        before: one number per prompt. Shape (N,).
+        after: the same prompts in the same order. Shape (N,).
+        num_samples: resamples, at least 1.
+        generator: source of the resamples.
+
+    Returns:
+        Interval of mean(after - before).
+
+    Raises:
+        ShapeError: the two differ in shape.
+    """
+    before_N, after_N = _vector(before, "before"), _vector(after, "after")
+    if before_N.shape != after_N.shape:
+        raise ShapeError(f"before {before_N.shape} and after {after_N.shape} must be of the same prompts")
+    return bootstrap_mean(after_N - before_N, num_samples=num_samples, generator=generator)
+
+
+def wilson_interval(num_successes: int, num_items: int) -> Interval:
+    """95 % interval of a proportion; unlike the bootstrap's it has width when all items agree.
+
+    Args:
+        num_successes: items that count.
+        num_items: all items.
+
+    Returns:
+        The proportion and its interval; nan in [0, 1] when there is no item.
+
+    Raises:
+        DataError: more successes than items, or a negative number.
+
+    Source: Wilson (1927), Eq. 4 onwards, without continuity correction.
+    """
+    if not 0 <= num_successes <= num_items:
+        raise DataError(f"{num_successes} successes of {num_items} items is not a proportion")
+    if num_items == 0:
+        return Interval(mean=math.nan, low=0.0, high=1.0, num_items=0)
+    share, z2 = num_successes / num_items, _NORMAL_95**2
+    middle = (share + z2 / (2 * num_items)) / (1 + z2 / num_items)
+    spread = math.sqrt(z2 * share * (1 - share) / num_items + (z2 / (2 * num_items)) ** 2) / (1 + z2 / num_items)
+    return Interval(mean=share, low=max(0.0, middle - spread), high=min(1.0, middle + spread), num_items=num_items)
+
+
+def pair_accuracy(chosen_reward: ArrayLike, rejected_reward: ArrayLike) -> float:
+    """Share of pairs with r(chosen) > r(rejected); a tie counts as wrong, nan without pairs.
+
+    Args:
+        chosen_reward: shape (B,).
+        rejected_reward: shape (B,).
+
+    Raises:
+        ShapeError: the two differ in shape.
+    """
+    chosen_B, rejected_B = _vector(chosen_reward, "chosen_reward"), _vector(rejected_reward, "rejected_reward")
+    if chosen_B.shape != rejected_B.shape:
+        raise ShapeError(f"chosen {chosen_B.shape} and rejected {rejected_B.shape} rewards must be alike")
+    return float((chosen_B > rejected_B).mean()) if len(chosen_B) else math.nan
+
+
+def expected_calibration_error(preference_prob: ArrayLike, *, num_bins: int = 20) -> float:
+    r"""Mean distance between the stated probability of a pair's order and how often that order is right.
+
+    Definition: \(\sum_k \frac{n_k}{2B} |\bar p_k - \bar y_k|\) over equal bins of [0, 1], on the B predictions (y = 1)
+    and their mirrored copies \(1 - p\) (y = 0), so that the result does not depend on which answer is named first.
+
+    Args:
+        preference_prob: P(chosen preferred). Shape (B,), in [0, 1].
+        num_bins: bins of equal width.
+
+    Returns:
+        The error in [0, 1], nan without pairs.
+
+    Raises:
+        ShapeError: input that is not one-dimensional.
+        DataError: a probability outside [0, 1].
+
+    Source: Naeini et al. (2015); mirrored as in the code of arXiv:2602.24040.
+    """
+    stated_B = _probabilities(preference_prob)
+    if len(stated_B) == 0:
+        return math.nan
+    stated = np.concatenate([stated_B, 1 - stated_B])
+    right = np.repeat([1.0, 0.0], len(stated_B))
+    bins = np.minimum((stated * num_bins).astype(np.int64), num_bins - 1)
+    gaps = np.bincount(bins, weights=stated - right, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(stated))
+
+
+def brier(preference_prob: ArrayLike) -> float:
+    r"""Brier score of stated orders, mean \((1 - p)^2\); .25 for a coin, nan without pairs.
+
+    Args:
+        preference_prob: P(chosen preferred). Shape (B,), in [0, 1].
+
+    Raises:
+        ShapeError: input that is not one-dimensional.
+        DataError: a probability outside [0, 1].
+
+    Source: Brier (1950).
+    """
+    stated_B = _probabilities(preference_prob)
+    return float(np.square(1 - stated_B).mean()) if len(stated_B) else math.nan
+
+
+def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """Probability that a random positive scores above a random negative, ties counting half.
+
+    Args:
+        positive: scores of positive items. Shape (N,).
+        negative: scores of negative items. Shape (M,).
+
+    Returns:
+        Area under the ROC curve; nan when either side is empty.
+
+    Raises:
+        ShapeError: input that is not one-dimensional.
+
+    Source: Mann and Whitney (1947).
+    """
+    positive_N, negative_M = _vector(positive, "positive"), np.sort(_vector(negative, "negative"))
+    if len(positive_N) == 0 or len(negative_M) == 0:
+        return math.nan
+    below = np.searchsorted(negative_M, positive_N, side="left")
+    up_to = np.searchsorted(negative_M, positive_N, side="right")
+    return float((below + up_to).mean() / (2 * len(negative_M)))
+
+
+def _vector(values: ArrayLike, name: str) -> Floats:
+    array: Floats = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ShapeError(f"{name} {array.shape} must be one-dimensional")
+    return array
+
+
+def _probabilities(values: ArrayLike) -> Floats:
+    array = _vector(values, "preference_prob")
+    if not bool(((array >= 0) & (array <= 1)).all()):
+        raise DataError("preference_prob must lie in [0, 1]")
+    return array
