@@ -142,8 +142,8 @@ def measure_drift(
 def kendall_tau(first_PK: Floats, second_PK: Floats) -> Floats:
     r"""Kendall's tau-b of each row.
 
-    Definition: \(\sum_{i<j} \mathrm{sgn}(a_i - a_j)\,\mathrm{sgn}(b_i - b_j) / \sqrt{n_a n_b}\), \(n_a\) and \(n_b\) the pairs
-    not tied in a and in b. Identical candidates, which share their log-probability, thus do not count as change.
+    Definition: \(\sum_{i<j} \mathrm{sgn}(a_i - a_j) \mathrm{sgn}(b_i - b_j) / \sqrt{n_a n_b}\), \(n_a\) and \(n_b\) the
+    pairs not tied in a and in b. Identical candidates, which share their log-probability, so do not count as change.
 
     Args:
         first_PK: shape (P, K).
