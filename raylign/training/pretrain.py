@@ -249,37 +249,67 @@ def pack_blocks(
         yield Batch(input_ids=block, labels=block, num_tokens=block.numel())
 
 
-def bucket_rows(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    max_tokens: int,
-    pad_id: int,
-    generator: torch.Generator,
+def bucket_indices(lengths: Sequence[int], *, max_tokens: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Groups of rows of similar length, in random order.
+
+    Args:
+        lengths: tokens per row.
+        max_tokens: padded tokens per group; a longer row gets a group of its own.
+        generator: shuffles ties and the order of groups.
+
+    Yields:
+        Row indices; every row is in exactly one group.
+    """
+    # A jitter of a few tokens keeps the neighbours of a row from being the same in every epoch.
+    jitter = (torch.rand(len(lengths), generator=generator) * 8).tolist()
+    groups: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index] + jitter[index]):
+        longest = max(longest, lengths[index])
+        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = lengths[index]
+    for position in torch.randperm(len(groups), generator=generator).tolist():
+        yield groups[position]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Right-pad rows to the longest.
+
+    Args:
+        rows: token ids or labels per row; at least one row.
+        fill: value of the padding.
+
+    Returns:
+        Shape (B, L), int64.
+    """
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.int64)
+
+
+def masked_batches(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, max_tokens: int, pad_id: int, generator: torch.Generator
 ) -> Iterator[Batch]:
-    """Batches of rows of similar length, at most `max_tokens` padded tokens each, in random order.
+    """One epoch of rows with their own labels, batched by length.
 
     Args:
         rows: (token ids, labels) per row, equal lengths.
-        max_tokens: padded tokens per batch; a longer row gets a batch of its own.
-        pad_id: id that fills up short rows on the right.
-        generator: shuffles ties and the order of batches.
+        max_tokens: padded tokens per batch.
+        pad_id: id of the padding; its labels are IGNORE_INDEX.
+        generator: order of the epoch.
 
     Yields:
-        Right-padded batches; labels of padding are IGNORE_INDEX.
+        Right-padded batches.
     """
-    # A jitter of a few tokens keeps the neighbours of a row from being the same in every epoch.
-    jitter = (torch.rand(len(rows), generator=generator) * 8).tolist()
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + jitter[index])
-    groups: list[list[int]] = [[]]
-    for index in order:
-        longest = max([len(rows[index][0]), *(len(rows[other][0]) for other in groups[-1])])
-        if groups[-1] and longest * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-        groups[-1].append(index)
-    for position in torch.randperm(len(groups), generator=generator).tolist():
-        picked = [rows[index] for index in groups[position]]
-        if picked:
-            yield _pad(picked, pad_id)
+    for group in bucket_indices([len(ids) for ids, _ in rows], max_tokens=max_tokens, generator=generator):
+        ids = [rows[index][0] for index in group]
+        yield Batch(
+            input_ids=pad_rows(ids, pad_id),
+            labels=pad_rows([rows[index][1] for index in group], IGNORE_INDEX),
+            num_tokens=sum(map(len, ids)),
+        )
 
 
 def repeat_epochs(make_epoch: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
@@ -298,16 +328,6 @@ def repeat_epochs(make_epoch: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
             yield batch
         if is_empty:
             return
-
-
-def _pad(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
-    longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORE_INDEX, dtype=torch.int64)
-    for index, (ids, targets) in enumerate(rows):
-        input_ids[index, : len(ids)] = torch.tensor(ids)
-        labels[index, : len(targets)] = torch.tensor(targets)
-    return Batch(input_ids=input_ids, labels=labels, num_tokens=sum(len(ids) for ids, _ in rows))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
