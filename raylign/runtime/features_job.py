@@ -1,0 +1,324 @@
+"""Feature extraction: one forward of the reference policy per pair, kept as parquet and never done twice.
+
+A Ray Data pool of model-holding actors adds to every pair the hidden states at both end-of-response tokens and both
+reference log-probabilities, from one shared-prompt forward. The result lives in a cache directory whose manifest
+spells out everything it depends on; the directory appears by one rename, so it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raylign import errors
+from raylign.config import FeaturesSection, PolicySection
+from raylign.data.states import states_from_column, states_to_column
+from raylign.errors import CacheMismatchError, DataError, ModelError
+from raylign.types import FEATURE_COLUMNS, TOKEN_COLUMNS, Layout, TokenizedPair
+
+if TYPE_CHECKING:
+    import ray.data
+
+__all__ = [
+    "FeatureExtractor",
+    "features_key",
+    "read_features",
+    "run_features",
+    "states_from_column",
+    "states_to_column",
+]
+
+SCHEMA_VERSION = 1  # raise when the same inputs would give other features
+MANIFEST = "manifest.json"
+_ROWS = "rows"
+_ROWS_PER_CALL = 128  # enough to sort by length, little enough to stream 7 B-sized states
+
+
+class FeatureExtractor:
+    """Adds `FEATURE_COLUMNS` to tables of tokenized pairs; holds the model, so it becomes an actor in the pool.
+
+    Args:
+        model_path: directory of the reference policy.
+        config: layers, storage type and token budget.
+        policy: weight type and whether remote code may run.
+    """
+
+    def __init__(self, model_path: str, config: FeaturesSection, policy: PolicySection) -> None:
+        import torch
+
+        from raylign.models.forward import PolicyForward, resolve_layers, verify_logprobs
+        from raylign.models.loading import load_policy, load_tokenizer, resolve_layout
+
+        if config.gpus_per_actor == 0:
+            torch.set_num_threads(max(1, int(config.cpus_per_actor)))
+        device = "cuda" if config.gpus_per_actor > 0 else "cpu"
+        tokenizer = load_tokenizer(model_path, trust_remote_code=policy.trust_remote_code)
+        model = load_policy(
+            model_path, dtype=_compute_dtype(config, policy), trust_remote_code=policy.trust_remote_code
+        ).to(device)
+        self.layout: Layout = resolve_layout("auto", model.config)
+        verify_logprobs(model, tokenizer, layout=self.layout)
+        self.forward = PolicyForward(model).eval()
+        self.layers = resolve_layers(config.layers, self.forward.num_layers)
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.config = config
+        self.device = device
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The table with four more columns, rows in their order.
+
+        Raises:
+            ModelError: a log-probability or state is not finite (or too large for float16).
+        """
+        import torch
+
+        from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
+
+        pairs = pairs_from_table(table)
+        logps = np.empty((2, len(pairs)), np.float32)
+        states: list[np.ndarray] | None = None
+        tokens = [pair_tokens(pair, self.layout) for pair in pairs]
+        [plan] = plan_micro_batches(tokens, batch_tokens=self.config.batch_tokens, num_workers=1)
+        for micro_batch in plan:
+            index = list(micro_batch.indices)
+            batch = pack_pairs(
+                [pairs[i] for i in index], layout=self.layout, pad_token_id=self.pad_token_id, pair_index=index
+            )
+            with torch.inference_mode():
+                scores = self.forward(batch.to(self.device), layers=self.layers)
+            halves = (scores.chosen_states, scores.rejected_states)
+            if states is None:
+                shape = (len(pairs), len(self.layers), halves[0].shape[-1])
+                states = [np.empty(shape, self.config.dtype) for _ in halves]
+            with np.errstate(over="ignore"):  # reported below, with its cure
+                for half, (kept, values) in enumerate(
+                    zip(halves, (scores.chosen_logps, scores.rejected_logps), strict=True)
+                ):
+                    states[half][index] = kept.cpu().numpy()
+                    logps[half, index] = values.cpu().numpy()
+        if states is None:
+            states = [np.empty((0, len(self.layers), 1), self.config.dtype)] * 2
+        self._check_finite(logps, states)
+        added = [states_to_column(states[0]), states_to_column(states[1]), pa.array(logps[0]), pa.array(logps[1])]
+        for name, column in zip(FEATURE_COLUMNS, added, strict=True):
+            table = table.append_column(name, column)
+        return table
+
+    def _check_finite(self, logps: np.ndarray, states: Sequence[np.ndarray]) -> None:
+        if not np.isfinite(logps).all():
+            raise ModelError("the reference policy gives log-probabilities that are not finite; are its weights sound?")
+        if not all(np.isfinite(half).all() for half in states):
+            raise ModelError(
+                f"hidden states are not finite as {self.config.dtype}; "
+                "float16 ends at 65504, features.dtype=float32 does not"
+            )
+
+
+def pairs_from_table(table: pa.Table) -> list[TokenizedPair]:
+    """Token ids of each row as views of the table's buffers.
+
+    Raises:
+        DataError: a token column is missing.
+    """
+    missing = [name for name in TOKEN_COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(f"pairs lack the columns {missing}; run ingest first")
+    prompts, chosen, rejected = (_id_lists(table.column(name)) for name in TOKEN_COLUMNS)
+    return [
+        TokenizedPair(prompt_ids=p, chosen_ids=c, rejected_ids=r)
+        for p, c, r in zip(prompts, chosen, rejected, strict=True)
+    ]
+
+
+def _id_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    lists: list[np.ndarray] = []
+    for chunk in column.chunks:
+        offsets = chunk.offsets.to_numpy()
+        ids = chunk.values.to_numpy(zero_copy_only=True)
+        lists.extend(ids[start:stop] for start, stop in itertools.pairwise(offsets))
+    return lists
+
+
+def features_key(
+    *, config: FeaturesSection, policy: PolicySection, model_path: str | Path, data_fingerprint: str, max_length: int
+) -> dict[str, Any]:
+    """Everything that the features depend on; JSON-like, equal keys mean equal features.
+
+    Args:
+        config: `layers` and `dtype` count, budgets and resources do not.
+        policy: the compute type counts.
+        model_path: directory of the reference policy; its bytes count, its place does not.
+        data_fingerprint: fingerprint of the ingested pairs.
+        max_length: `data.max_length` the pairs were cut to.
+    """
+    from raylign.models.forward import resolve_layers
+    from raylign.models.loading import load_config, model_fingerprint, tokenizer_fingerprint
+
+    num_layers = load_config(model_path, trust_remote_code=policy.trust_remote_code).num_hidden_layers
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": model_fingerprint(model_path),
+        "tokenizer": tokenizer_fingerprint(model_path),
+        "data": data_fingerprint,
+        "max_length": max_length,
+        "layers": list(resolve_layers(config.layers, num_layers)),
+        "dtype": config.dtype,
+        "compute_dtype": _compute_dtype(config, policy),
+    }
+
+
+def _compute_dtype(config: FeaturesSection, policy: PolicySection) -> Any:
+    return "float32" if policy.dtype == "auto" and config.gpus_per_actor == 0 else policy.dtype
+
+
+def run_features(
+    pairs: ray.data.Dataset,
+    *,
+    config: FeaturesSection,
+    policy: PolicySection,
+    model_path: str | Path,
+    output_dir: str | Path,
+    data_fingerprint: str,
+    max_length: int,
+    show_progress: bool = False,
+) -> ray.data.Dataset:
+    """Add `FEATURE_COLUMNS` to every pair, or read them from the cache directory when it was made from the same inputs.
+
+    One job at a time may work on a directory. An interrupted job leaves nothing in it and is redone from the start.
+
+    Args:
+        pairs: ingested pairs, cheap to count (parquet or materialised). All their columns are kept.
+        config: layers, storage type, token budget and actors.
+        policy: the reference policy's weight type.
+        model_path: directory of the reference policy, readable on every node.
+        output_dir: cache directory of this key, on storage that every node sees.
+        data_fingerprint: fingerprint of the pairs.
+        max_length: `data.max_length` the pairs were cut to.
+        show_progress: Ray Data's progress bars.
+
+    Returns:
+        The pairs with features, in the order of `pairs`, read from the cache.
+
+    Raises:
+        CacheMismatchError: the directory holds features of other inputs, or something else.
+        DataError: rows were lost on the way.
+        ModelError: the model cannot be used.
+    """
+    import ray.data
+
+    from raylign.runtime.phases import versions, write_json
+
+    directory = Path(output_dir).expanduser().absolute()
+    key = features_key(
+        config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint, max_length=max_length
+    )
+    if _is_cached(directory, key):
+        return read_features(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    num_pairs = pairs.count()
+    start = time.monotonic()
+    extracted = pairs
+    if config.num_actors > 1:
+        extracted = extracted.repartition(target_num_rows_per_block=_ROWS_PER_CALL)
+    extracted = extracted.map_batches(
+        FeatureExtractor,
+        fn_constructor_args=(str(model_path), config, policy),
+        batch_size=_ROWS_PER_CALL,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor,
+        udf_modifying_row_count=False,
+    )
+    with _execution(extracted, show_progress=show_progress), _own_errors():
+        # states do not repeat, so a dictionary of them only costs; the text columns are small
+        extracted.write_parquet(str(partial / _ROWS), compression="zstd", use_dictionary=False)
+    num_written = sum(pq.read_metadata(file).num_rows for file in _files(partial))
+    if num_written != num_pairs:
+        raise DataError(f"feature extraction was given {num_pairs} pairs and wrote {num_written}; {partial} is kept")
+    facts = {"num_pairs": num_pairs, "seconds": time.monotonic() - start, "versions": versions()}
+    write_json(partial / MANIFEST, {"key": key, **facts})
+    if directory.exists():
+        directory.rmdir()  # _is_cached saw that it is empty
+    partial.rename(directory)
+    return read_features(directory)
+
+
+def read_features(directory: str | Path) -> ray.data.Dataset:
+    """The pairs with features of a finished cache directory.
+
+    Raises:
+        CacheMismatchError: the directory holds no finished features.
+    """
+    import ray.data
+
+    directory = Path(directory).expanduser().absolute()
+    if not (directory / MANIFEST).is_file():
+        raise CacheMismatchError(f"{directory} holds no finished features: {MANIFEST} is missing")
+    return ray.data.read_parquet([str(file) for file in _files(directory)])
+
+
+def _files(directory: Path) -> list[Path]:
+    """In the order they were written, which is the order of the pairs."""
+    return sorted((directory / _ROWS).glob("*.parquet"))
+
+
+def _is_cached(directory: Path, key: Mapping[str, Any]) -> bool:
+    """Whether the directory holds the features of this key; False when there is nothing.
+
+    Raises:
+        CacheMismatchError: naming the parts of the key that differ.
+    """
+    if not directory.exists() or not any(directory.iterdir()):
+        return False
+    try:
+        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheMismatchError(
+            f"{directory} is not empty and not a feature cache; remove it or name another"
+        ) from error
+    if found == key:
+        return True
+    names = sorted(name for name in {*found, *key} if found.get(name) != key.get(name))
+    shown = "; ".join(f"{name}: was {found.get(name)!r}, now {key.get(name)!r}" for name in names)
+    raise CacheMismatchError(
+        f"features in {directory} were made from other inputs ({shown}); remove the directory or name another"
+    )
+
+
+@contextmanager
+def _execution(dataset: ray.data.Dataset, *, show_progress: bool) -> Iterator[None]:
+    """Order kept and progress bars as asked while this data set runs; its context is shared with the caller's."""
+    context = dataset.context
+    before = context.execution_options.preserve_order, context.enable_progress_bars
+    context.execution_options.preserve_order, context.enable_progress_bars = True, show_progress
+    try:
+        yield
+    finally:
+        context.execution_options.preserve_order, context.enable_progress_bars = before
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise the raylign error that an actor raised; Ray Data 2.60 hands on its traceback as text and loses its type."""
+    try:
+        yield
+    except Exception as error:
+        found = re.findall(r"^raylign\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+        if not found:
+            raise
+        name, message = found[-1]
+        raise getattr(errors, name)(message) from error
