@@ -1,0 +1,120 @@
+"""What a run asks of the cluster, as arithmetic, and the comparison that fails at once instead of waiting for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raylign.config import RunConfig
+from raylign.errors import ResourceError
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """A group of equal actors that run at the same time.
+
+    Attributes:
+        role: what they are called in messages.
+        num_actors: how many.
+        num_cpus: CPUs of each.
+        num_gpus: GPUs of each.
+        keys: config keys that decide it, named in the cure.
+    """
+
+    role: str
+    num_actors: int
+    num_cpus: float
+    num_gpus: float
+    keys: str
+
+    def total(self, resource: str) -> float:
+        """CPUs ("CPU") or GPUs ("GPU") of the whole group."""
+        return self.num_actors * {"CPU": self.num_cpus, "GPU": self.num_gpus}[resource]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourcePlan:
+    """What the phases of a run ask for; phases follow each other, so the cluster must hold the largest.
+
+    Attributes:
+        features: actors that hold the reference model.
+        training: training workers. The controller of Ray Train asks for no CPU.
+    """
+
+    features: Demand
+    training: Demand
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> ResourcePlan:
+        """The plan of a configuration."""
+        return cls(
+            features=Demand(
+                role="feature actor",
+                num_actors=config.features.num_actors,
+                num_cpus=config.features.cpus_per_actor,
+                num_gpus=config.features.gpus_per_actor,
+                keys="features.num_actors, features.cpus_per_actor or features.gpus_per_actor",
+            ),
+            training=Demand(
+                role="training worker",
+                num_actors=config.resources.num_workers,
+                num_cpus=config.resources.cpus_per_worker,
+                num_gpus=config.resources.gpus_per_worker,
+                keys="resources.num_workers, resources.cpus_per_worker or resources.gpus_per_worker",
+            ),
+        )
+
+    @property
+    def demands(self) -> tuple[Demand, Demand]:
+        """All groups, in the order of the phases."""
+        return self.features, self.training
+
+
+def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
+    """Compare a plan with what a cluster has.
+
+    Args:
+        plan: what will be asked for.
+        cluster: total resources, as `ray.cluster_resources()` gives them.
+        nodes: resources of each living node; when given, the actors must also fit onto nodes, since one actor cannot
+            be spread over two.
+
+    Raises:
+        ResourceError: naming the group, what it asks for, what there is, and the config keys to change.
+    """
+    for demand in plan.demands:
+        check_demand(demand, cluster, nodes)
+
+
+def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
+    """`check_plan` for one group.
+
+    Raises:
+        ResourceError: the group does not fit.
+    """
+    for resource in ("CPU", "GPU"):
+        asked, there = demand.total(resource), cluster.get(resource, 0.0)
+        if asked > there:
+            each = asked / demand.num_actors
+            raise ResourceError(
+                f"{demand.num_actors} {demand.role}(s) x {each:g} {resource} ask for {asked:g} {resource}, the cluster "
+                f"has {there:g}; lower {demand.keys}, or add nodes"
+            )
+    if nodes:
+        slots = sum(_slots(demand, node) for node in nodes)
+        if slots < demand.num_actors:
+            shapes = ", ".join(f"{n.get('CPU', 0):g} CPU + {n.get('GPU', 0):g} GPU" for n in nodes)
+            raise ResourceError(
+                f"{demand.num_actors} {demand.role}(s) of {demand.num_cpus:g} CPU + {demand.num_gpus:g} GPU do not fit "
+                f"onto the nodes ({shapes}): only {slots} can be placed; lower {demand.keys}, or add larger nodes"
+            )
+
+
+def _slots(demand: Demand, node: Resources) -> int:
+    """How many actors of a group an empty node holds."""
+    asked = {"CPU": demand.num_cpus, "GPU": demand.num_gpus}
+    # the small term keeps 3 x 0.1 from exceeding 0.3
+    fits = [int(node.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items() if amount > 0]
+    return min(fits, default=demand.num_actors)

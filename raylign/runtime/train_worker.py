@@ -1,0 +1,331 @@
+"""What runs inside one Ray Train worker: build the state, resume it, train, report checkpoints.
+
+Everything that computes lives in `raylign.training`; this file connects it to Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+
+from raylign.config import RunConfig, idle_keys
+from raylign.errors import RaylignError
+
+if TYPE_CHECKING:
+    import torch
+
+    from raylign.models.forward import PolicyForward
+    from raylign.training.live_confidence import LiveConfidence
+    from raylign.training.micro_batches import Packing
+    from raylign.training.state import TrainerState
+    from raylign.training.table import PairTable
+    from raylign.training.world import World
+
+# Settings that may change between a run and its continuation: they move cost and floating-point order, not the method.
+FREE_KEYS = frozenset(
+    {
+        "policy.model",  # its fingerprint counts, not its path
+        "policy.gradient_checkpointing",
+        "policy.trust_remote_code",
+        "train.batch_tokens",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.max_failures",
+        "train.parallel",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerTask:
+    """What the driver tells every worker.
+
+    Attributes:
+        config: of the run.
+        pairs: directory of parquet files with ranked pairs.
+        model: directory of the policy before training.
+        model_fingerprint: of that directory.
+        reward: directory of the reward phase, None unless confidence.source=live.
+        metrics: file that the first worker appends records to.
+    """
+
+    config: RunConfig
+    pairs: str
+    model: str
+    model_fingerprint: str
+    reward: str | None
+    metrics: str
+
+
+def train_worker(loop_config: Mapping[str, Any]) -> dict[str, float]:
+    """Train function of Ray Train: the last metric record, on every worker.
+
+    Args:
+        loop_config: {"task": WorkerTask}.
+
+    Raises:
+        RaylignError: with the rank in its message; Ray restarts the workers up to train.max_failures times.
+    """
+    context = ray.train.get_context()
+    try:
+        return _train(loop_config["task"])
+    except RaylignError as error:
+        if len(error.args) == 1:
+            error.args = (f"training worker {context.get_world_rank()} of {context.get_world_size()}: {error}",)
+        raise
+
+
+def _train(task: WorkerTask) -> dict[str, float]:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from raylign.training.loop import train_offline
+    from raylign.training.order import DataOrder
+    from raylign.training.state import check_checkpoint, load_training
+    from raylign.training.table import PairTable, read_split
+
+    config = task.config
+    # Ray grants CPUs, torch would use all of the machine's.
+    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    transformers_logging.disable_progress_bar()
+    world = _world(config)
+    table = PairTable(read_split(task.pairs, "train"))
+    order = DataOrder(
+        num_pairs=len(table),
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+    )
+    identity = run_identity(config, table=table, model_fingerprint=task.model_fingerprint)
+    reporter = _Reporter(task, world, identity)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        state, packing = build_state(task, table, order, world)
+    else:
+        with checkpoint.as_directory() as path:
+            directory = Path(path)
+            check_checkpoint(directory, identity)
+            state, packing = build_state(task, table, order, world, checkpoint=directory)
+            load_training(directory, state)
+    reporter.start(state.update)
+    return train_offline(
+        state,
+        table,
+        order,
+        settings=config.train,
+        packing=packing,
+        seed=config.run.seed,
+        world=world,
+        on_record=reporter.record,
+        on_checkpoint=reporter.checkpoint,
+    )
+
+
+def build_state(
+    task: WorkerTask, table: PairTable, order: Any, world: World, *, checkpoint: Path | None = None
+) -> tuple[TrainerState, Packing]:
+    """Policy, optimizer, schedule and confidence of one worker, before or (weights only) after a checkpoint.
+
+    Args:
+        task: from the driver.
+        table: training pairs.
+        order: of the run, for the length of the schedule.
+        world: this worker.
+        checkpoint: whole checkpoint directory whose weights are loaded instead of the initial ones.
+
+    Raises:
+        ModelError: the model directory cannot be used.
+        DataError: the pairs lack what the objective needs.
+    """
+    from raylign.models.loading import load_tokenizer, resolve_layout
+    from raylign.training.metrics import MetricWindow
+    from raylign.training.micro_batches import Packing
+    from raylign.training.optim import build_optimizer, build_scheduler
+    from raylign.training.state import TrainerState
+
+    train = task.config.train
+    policy = load_policy_forward(task, world, checkpoint=checkpoint)
+    tokenizer = load_tokenizer(task.model, trust_remote_code=task.config.policy.trust_remote_code)
+    packing = Packing(
+        layout=resolve_layout(train.layout, policy.causal_lm.config),
+        pad_token_id=tokenizer.pad_token_id,
+        batch_tokens=train.batch_tokens,
+    )
+    live = build_live_confidence(task, table, packing, world, num_layers=policy.num_layers)
+    module = distribute(policy, task.config, world)
+    optimizer = build_optimizer(module, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
+    scheduler = build_scheduler(
+        optimizer, schedule=train.schedule, num_updates=order.num_updates, warmup_fraction=train.warmup_fraction
+    )
+    window = MetricWindow(has_confidence=train.objective == "label_confidence")
+    return TrainerState(policy=module, optimizer=optimizer, scheduler=scheduler, window=window, live=live), packing
+
+
+def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | None = None) -> PolicyForward:
+    """The policy on the CPU: float32 weights under mixed precision, or a LoRA adapter over weights of compute type."""
+    import torch
+
+    from raylign.models.forward import PolicyForward
+    from raylign.models.loading import load_policy, resolve_dtype
+    from raylign.training.state import POLICY, restore_adapter
+
+    policy = task.config.policy
+    compute = resolve_dtype(policy.dtype) if world.device.type == "cuda" or policy.dtype != "auto" else torch.float32
+    is_lora = policy.adapter == "lora"
+    # FSDP2 wants one dtype per group of parameters, and adapters are float32.
+    keeps_compute_type = is_lora and task.config.train.parallel == "ddp" and compute == torch.bfloat16
+    model = load_policy(
+        checkpoint / POLICY if checkpoint is not None and not is_lora else task.model,
+        dtype="bfloat16" if keeps_compute_type else "float32",
+        adapter=policy.adapter,
+        lora_rank=policy.lora_rank,
+        lora_alpha=policy.lora_alpha,
+        lora_dropout=policy.lora_dropout,
+        seed=task.config.run.seed,
+        trust_remote_code=policy.trust_remote_code,
+        gradient_checkpointing=policy.gradient_checkpointing,
+    )
+    if checkpoint is not None and is_lora:
+        restore_adapter(checkpoint, model)
+    return PolicyForward(model, autocast_dtype=compute if compute != torch.float32 else None)
+
+
+def distribute(policy: PolicyForward, config: RunConfig, world: World) -> torch.nn.Module:
+    """Put the policy on the worker's device, replicated (DDP) or sharded layer by layer (FSDP2)."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    if config.train.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
+        for layer in policy.decoder_layers():
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        return fully_shard(policy, mesh=mesh, mp_policy=precision)
+    policy = policy.to(world.device)
+    if world.size == 1:
+        return policy
+    # Buffers (rotary frequencies) are constants and alike on all workers.
+    return DistributedDataParallel(policy, broadcast_buffers=False)
+
+
+def build_live_confidence(
+    task: WorkerTask, table: PairTable, packing: Packing, world: World, *, num_layers: int
+) -> LiveConfidence | None:
+    """Heads and anchors of confidence.source=live; None when gamma comes from the data or is not read.
+
+    Raises:
+        DataError: the pairs lack a gamma, or their folds are not those of the heads.
+    """
+    from raylign.errors import DataError
+    from raylign.models.forward import resolve_layers
+    from raylign.runtime.reward_job import FittedReward
+    from raylign.training.live_confidence import LiveConfidence
+    from raylign.training.table import PairTable, anchor_pairs, read_split
+
+    config = task.config
+    if config.train.objective != "label_confidence":
+        return None
+    if config.confidence.source == "fixed":
+        if not table.has_label_confidence:
+            raise DataError("the pairs have no label_confidence for every row; run the rank phase first")
+        return None
+    assert task.reward is not None
+    reward = FittedReward.load(Path(task.reward))
+    if table.max_fold >= len(reward.heads):
+        raise DataError(f"a pair has fold {table.max_fold}, there are {len(reward.heads)} heads; rerun the rank phase")
+    anchors = anchor_pairs(read_split(task.pairs, "valid")) if config.confidence.track == "anchor" else None
+    return LiveConfidence(
+        reward.heads,
+        layers=resolve_layers(config.features.layers, num_layers),
+        settings=config.confidence,
+        reward=config.reward,
+        packing=packing,
+        seed=config.run.seed,
+        world=world,
+        temperature=reward.temperature,
+        anchors=PairTable(anchors) if anchors is not None and anchors.num_rows else None,
+    )
+
+
+def run_identity(config: RunConfig, *, table: PairTable, model_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint belongs to: everything that decides the weights, by dotted config key."""
+    sections = ["policy", "train", "confidence"]
+    if config.train.objective == "label_confidence" and config.confidence.source == "live":
+        sections += ["reward", "features"]
+    idle = idle_keys(config)
+    identity: dict[str, Any] = {
+        f"{section}.{name}": value
+        for section in sections
+        for name, value in getattr(config, section).model_dump().items()
+        if f"{section}.{name}" not in idle and f"{section}.{name}" not in FREE_KEYS
+    }
+    return identity | {"run.seed": config.run.seed, "model": model_fingerprint, "pairs": table.fingerprint}
+
+
+def _world(config: RunConfig) -> World:
+    import torch
+    from ray.train.torch import get_device
+
+    from raylign.training.world import World
+
+    context = ray.train.get_context()
+    device = get_device() if config.resources.gpus_per_worker else torch.device("cpu")
+    return World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
+
+
+class _Reporter:
+    """Hands records to the metrics file and checkpoints to Ray."""
+
+    def __init__(self, task: WorkerTask, world: World, identity: dict[str, Any]) -> None:
+        from raylign.models.loading import load_tokenizer
+
+        self._file = Path(task.metrics)
+        self._world = world
+        self._identity = identity
+        self._tokenizer = load_tokenizer(task.model, trust_remote_code=task.config.policy.trust_remote_code)
+
+    def start(self, update: int) -> None:
+        """Drop records of updates that will be done again."""
+        if self._world.rank != 0:
+            return
+        kept = [line for line in _whole_lines(self._file) if json.loads(line)["step"] <= update]
+        temporary = self._file.with_name(f".{self._file.name}.new")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._file)
+
+    def record(self, record: dict[str, float]) -> None:
+        """Append one line."""
+        if self._world.rank == 0:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+    def checkpoint(self, state: TrainerState, record: dict[str, float]) -> None:
+        """Save on the first worker and report on all: a barrier."""
+        from raylign.training.state import save_checkpoint
+
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch)
+            save_checkpoint(directory, state, tokenizer=self._tokenizer, identity=self._identity, world=self._world)
+            ray.train.report(
+                {**record, "step": state.update},
+                checkpoint=ray.train.Checkpoint.from_directory(directory) if self._world.rank == 0 else None,
+                checkpoint_dir_name=f"step_{state.update:07d}",
+            )
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """Complete lines; a worker may have died while writing the last one."""
+    if not file.exists():
+        return []
+    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,237 @@
+"""Run the off-policy trainer on Ray Train: resources checked first, progress shown, failures survived or explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from raylign.config import RunConfig
+from raylign.errors import ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
+from raylign.runtime.progress import progress_bar
+from raylign.runtime.resources import ResourcePlan, check_demand
+from raylign.runtime.train_worker import WorkerTask, train_worker
+
+if TYPE_CHECKING:
+    import ray.data
+
+METRICS_FILE = "metrics.jsonl"
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of finished checkpoints
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_START_RETRIES = 2
+_POLL_S = 0.5
+
+
+def run_training(
+    ranked: ray.data.Dataset | str | Path,
+    *,
+    config: RunConfig,
+    model_path: str | Path,
+    storage_path: str | Path,
+    name: str,
+    heads: str | Path | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> ray.train.Result:
+    """Train the policy on ranked pairs; the newest checkpoint holds a plain HF or PEFT directory `policy/`.
+
+    Everything is written below `<storage_path>/<name>`: `metrics.jsonl`, checkpoints `step_<update>`, and the pairs
+    when they came as a Dataset. A run found there is continued from its newest checkpoint when `config.run.resume` is
+    set. Ray must be initialised.
+
+    Args:
+        ranked: pairs with the columns of the rank phase; a directory of parquet files is read in place by all workers.
+        config: of the run.
+        model_path: directory of the policy before training.
+        storage_path: directory that all nodes see.
+        name: of this training below it.
+        heads: directory of the reward phase; read when confidence.source=live.
+        callbacks: of Ray Train, run on its controller.
+
+    Returns:
+        Ray's result; `metrics` is the last record, `checkpoint` the last checkpoint.
+
+    Raises:
+        ResourceError: the workers do not fit the cluster.
+        OutputExistsError: a training is there and `run.resume` is not set.
+        CheckpointError: the checkpoint to resume from is damaged or of another run.
+        TrainingError: the loss is not finite, or workers failed more than `train.max_failures` times.
+    """
+    from raylign.models.loading import model_fingerprint
+
+    plan = ResourcePlan.from_config(config)
+    check_demand(plan.training, ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
+    if is_live and heads is None:
+        raise ConfigError("confidence.source=live needs the directory of the reward phase (argument heads)")
+    directory = Path(storage_path).expanduser().absolute() / name
+    if (directory / _SNAPSHOT).exists() and not config.run.resume:
+        raise OutputExistsError(f"{directory} holds a training; continue it with run.resume=true or use another name")
+    directory.mkdir(parents=True, exist_ok=True)
+    pairs = _materialise(ranked, directory)
+    task = WorkerTask(
+        config=config,
+        pairs=str(pairs),
+        model=str(Path(model_path).absolute()),
+        model_fingerprint=model_fingerprint(model_path),
+        reward=str(Path(heads).absolute()) if is_live and heads is not None else None,
+        metrics=str(directory / METRICS_FILE),
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        scaling_config=_scaling(config),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(directory.parent),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.train.max_failures, controller_failure_limit=_START_RETRIES
+            ),
+            callbacks=list(callbacks),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    with (
+        _start_timeout(config.resources.start_timeout_s),
+        _progress(directory / METRICS_FILE, _num_updates(config, pairs)),
+    ):
+        try:
+            return trainer.fit()
+        except ray.train.TrainingFailedError as failure:
+            raise explain_failure(failure, config) from failure
+
+
+def explain_failure(failure: ray.train.TrainingFailedError, config: RunConfig) -> RaylignError:
+    """The typed error a worker raised, or one that says which worker died of what.
+
+    Args:
+        failure: what `fit` raised.
+        config: of the run, for the cure.
+    """
+    controller_failure = getattr(failure, "controller_failure", None)
+    if controller_failure is not None:
+        if "Timeout" in type(controller_failure).__name__:
+            return ResourceError(
+                f"{config.resources.num_workers} training worker(s) did not start within "
+                f"resources.start_timeout_s={config.resources.start_timeout_s:g}: another job may hold the resources"
+            )
+        return TrainingError(f"Ray Train's controller failed: {controller_failure}")
+    causes: Mapping[int, BaseException] = {
+        rank: getattr(error, "_base_exc", error) for rank, error in getattr(failure, "worker_failures", {}).items()
+    }
+    for _, cause in sorted(causes.items()):
+        if isinstance(cause, RaylignError):
+            return cause
+    told = "; ".join(f"worker {rank}: {type(c).__name__}: {_first_line(c)}" for rank, c in sorted(causes.items()))
+    return TrainingError(
+        f"training workers failed more than train.max_failures={config.train.max_failures} times ({told or failure}); "
+        "the finished checkpoints are kept, continue with run.resume=true"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _scaling(config: RunConfig) -> ray.train.ScalingConfig:
+    resources = {"CPU": config.resources.cpus_per_worker}
+    if config.resources.gpus_per_worker:
+        resources["GPU"] = config.resources.gpus_per_worker
+    return ray.train.ScalingConfig(
+        num_workers=config.resources.num_workers,
+        use_gpu=config.resources.gpus_per_worker > 0,
+        resources_per_worker=resources,
+    )
+
+
+def _materialise(ranked: ray.data.Dataset | str | Path, directory: Path) -> Path:
+    """A directory of parquet files; a Dataset is written once, with the columns that training reads."""
+    if isinstance(ranked, str | Path):
+        return Path(ranked).expanduser().absolute()
+    from raylign.training.table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS
+
+    pairs, done = directory / "pairs", directory / "pairs" / "_SUCCESS"
+    if not done.exists():
+        columns = [column for column in ranked.columns() or [] if column in REQUIRED_COLUMNS + OPTIONAL_COLUMNS]
+        ranked.select_columns(columns).write_parquet(str(pairs), mode="overwrite")
+        done.touch()
+    return pairs
+
+
+def _num_updates(config: RunConfig, pairs: Path) -> int:
+    """Length of the run, from the parquet files' counts alone.
+
+    Raises:
+        DataError: no pair to train on.
+    """
+    from raylign.training.order import DataOrder
+    from raylign.training.table import count_split
+
+    return DataOrder(
+        num_pairs=count_split(pairs, "train"),
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+    ).num_updates
+
+
+@contextmanager
+def _start_timeout(seconds: float) -> Iterator[None]:
+    """Ray Train reads this limit from the driver's environment only."""
+    before = os.environ.get(_START_TIMEOUT)
+    os.environ[_START_TIMEOUT] = str(seconds)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_START_TIMEOUT]
+        else:
+            os.environ[_START_TIMEOUT] = before
+
+
+@contextmanager
+def _progress(metrics: Path, num_updates: int) -> Iterator[None]:
+    """Show a bar while the block runs, on terminals only, from what the first worker has recorded."""
+    stop = threading.Event()
+
+    def draw() -> None:
+        for _ in progress_bar(_finished_updates(metrics, stop), label="train", total=num_updates):
+            pass
+
+    thread = threading.Thread(target=draw, name="raylign-train-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _finished_updates(metrics: Path, stop: threading.Event) -> Iterator[int]:
+    """Numbers of finished updates as the records grow, until told to stop; going back after a resume is not shown."""
+    shown = 0
+    while True:
+        is_stopping = stop.wait(_POLL_S)
+        last = _last_step(metrics)
+        while shown < last:
+            shown += 1
+            yield shown
+        if is_stopping:
+            return
+
+
+def _last_step(metrics: Path) -> int:
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError):  # not there yet, or a line in the making
+        return 0

@@ -1,0 +1,92 @@
+"""What a metric record says: means over the updates since the last record, under the names TRL uses.
+
+Sums are kept, not means, so that a record is the same whatever the sizes of the updates in it, and so that a
+checkpoint in the middle of a window continues it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from raylign.training.offline import UpdateSummary
+
+
+@dataclass
+class MetricWindow:
+    """Sums since the last record.
+
+    Attributes:
+        has_confidence: whether the objective reads a label confidence.
+        sums: by name.
+        num_tokens_seen: real tokens of the whole run.
+    """
+
+    has_confidence: bool
+    sums: dict[str, float] = field(default_factory=dict)
+    num_tokens_seen: int = 0
+    _started: float = field(default_factory=time.monotonic)
+
+    def add(self, summary: UpdateSummary) -> None:
+        """Count one update."""
+        columns = summary.columns
+        totals = {name: float(values.sum()) for name, values in columns.items()}
+        totals["accuracies"] = float((columns["chosen_rewards"] > columns["rejected_rewards"]).sum())
+        totals["flips"] = float((columns["confidence"] < 0.5).sum())
+        totals |= {"pairs": len(columns["loss"]), "tokens": summary.num_tokens, "slots": summary.num_slots}
+        totals |= {"updates": 1, "grad_norm": summary.grad_norm, "learning_rate": summary.learning_rate}
+        now = time.monotonic()
+        totals["seconds"] = now - self._started
+        self._started = now
+        self.num_tokens_seen += summary.num_tokens
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in totals.items()}
+
+    def record(self, *, step: int, epoch: float) -> dict[str, float]:
+        """The record of the window, which starts anew.
+
+        Args:
+            step: updates finished.
+            epoch: passes over the data finished, with fractions.
+
+        Returns:
+            Floats by metric name. Means are over pairs, except `grad_norm` and `learning_rate`, which are over
+            updates; `confidence/flips` is the share of pairs below one half; `num_tokens` counts since the start of
+            the run. Only the `perf/*` rates depend on the machine.
+        """
+        sums, pairs = self.sums, self.sums["pairs"]
+        values: dict[str, float] = {
+            "step": step,
+            "epoch": epoch,
+            "loss": sums["loss"] / pairs,
+            "rewards/chosen": sums["chosen_rewards"] / pairs,
+            "rewards/rejected": sums["rejected_rewards"] / pairs,
+            "rewards/margins": (sums["chosen_rewards"] - sums["rejected_rewards"]) / pairs,
+            "rewards/accuracies": sums["accuracies"] / pairs,
+            "logps/chosen": sums["chosen_logps"] / pairs,
+            "logps/rejected": sums["rejected_logps"] / pairs,
+            "grad_norm": sums["grad_norm"] / sums["updates"],
+            "learning_rate": sums["learning_rate"] / sums["updates"],
+            "num_tokens": self.num_tokens_seen,
+            "perf/padding_frac": 1.0 - sums["tokens"] / sums["slots"],
+            "perf/tokens_per_second": sums["tokens"] / max(sums["seconds"], 1e-9),
+            "perf/pairs_per_second": pairs / max(sums["seconds"], 1e-9),
+        }
+        if self.has_confidence:
+            values["confidence/mean"] = sums["confidence"] / pairs
+            values["confidence/flips"] = sums["flips"] / pairs
+        self.sums = {}
+        return values
+
+    def restart_clock(self) -> None:
+        """Leave out of the rates what happened since the last update, for example writing a checkpoint."""
+        self._started = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"sums": dict(self.sums), "num_tokens_seen": self.num_tokens_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.sums = dict(state["sums"])
+        self.num_tokens_seen = state["num_tokens_seen"]

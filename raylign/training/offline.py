@@ -1,0 +1,228 @@
+"""One off-policy update: a batch of stored pairs in, moved weights out.
+
+The batch is the same whatever the number of workers and however it is cut: the loss is the sum over pairs of weight
+times loss, divided by the number of pairs of the whole batch. Accumulation never averages averages, and every number
+that is reported or fed back (the running centre) is reduced from one value per pair, in the order of the batch.
+
+Shape letter: B pairs of the update over all workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raylign.config import TrainSection
+from raylign.data.packing import MicroBatch
+from raylign.errors import TrainingError
+from raylign.losses import preference
+from raylign.training.live_confidence import LiveConfidence
+from raylign.training.micro_batches import Packing
+from raylign.training.optim import trainable
+from raylign.training.table import PairBatch
+from raylign.training.world import World
+from raylign.types import PairScores
+
+# Rows of `PairValues`: one float64 per pair of the batch.
+COLUMNS = (
+    "loss",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "confidence",
+)
+_EXTRA_SUMS = 2  # real tokens and row slots, reduced together with the columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSummary:
+    """What one update did, the same on every worker.
+
+    Attributes:
+        columns: per-pair values by name (`COLUMNS`), each of shape (B,), float64, on the CPU.
+        num_tokens: real tokens of the batch.
+        num_slots: token slots computed for them, padding and fillers included.
+        grad_norm: norm of the gradient before clipping.
+        learning_rate: that the update used.
+    """
+
+    columns: dict[str, torch.Tensor]
+    num_tokens: int
+    num_slots: int
+    grad_norm: float
+    learning_rate: float
+
+
+def offline_update(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batch: PairBatch,
+    *,
+    update: int,
+    settings: TrainSection,
+    packing: Packing,
+    seed: int,
+    world: World | None = None,
+    live: LiveConfidence | None = None,
+) -> UpdateSummary:
+    """Move the policy by one optimiser step on one batch.
+
+    Args:
+        policy: `PolicyForward`, plain or wrapped in DDP or FSDP2; left in training mode.
+        optimizer: over the policy's parameters.
+        scheduler: stepped once.
+        batch: all B pairs, the same on every worker.
+        update: number of updates finished before this one; seeds dropout together with `seed` and the rank.
+        settings: objective and its constants.
+        packing: how the worker's share is cut into micro-batches.
+        seed: of the run.
+        world: this worker; None for a single process.
+        live: confidence from the policy's current states; None uses the batch's column.
+
+    Returns:
+        Summary over all workers.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; the weights are those before the update.
+    """
+    world = world or World()
+    with _seeded(seed, update, world):
+        if live is not None:
+            live.begin_update(policy, batch)
+        policy.train()
+        optimizer.zero_grad(set_to_none=True)
+        values = torch.zeros(len(COLUMNS) * batch.num_pairs + _EXTRA_SUMS, dtype=torch.float64, device=world.device)
+        micro_batches = packing.plan(batch.tokens, world)
+        for position, micro in enumerate(micro_batches):
+            with _gradient_sync(policy, is_last=position == len(micro_batches) - 1):
+                packed = packing.pack(batch.tokens, micro, world)
+                scores = policy(packed, layers=live.layers if live is not None else None)
+                columns = _pair_values(scores, batch, micro, settings=settings, live=live)
+                weight = batch.weight.to(world.device)[packed.pair_index] * micro.weight
+                # DDP and FSDP average gradients over workers; the sum is what equals one large batch.
+                loss = (columns["loss"] * weight).sum() * (world.size / batch.num_pairs)
+                loss.backward()
+            if micro.weight:
+                _store(values, columns, packed.pair_index, batch.num_pairs)
+                values[-2] += packed.num_real_tokens
+            values[-1] += packed.input_ids.numel()
+        values = world.sum(values).cpu()
+    columns = dict(zip(COLUMNS, values[:-_EXTRA_SUMS].view(len(COLUMNS), batch.num_pairs), strict=True))
+    grad_norm = _clip(policy, settings.max_grad_norm)
+    _check_finite(columns["loss"], grad_norm, update, settings)
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    if live is not None:
+        live.end_update(policy, update)
+    return UpdateSummary(
+        columns=columns,
+        num_tokens=int(values[-2]),
+        num_slots=int(values[-1]),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+    )
+
+
+def pair_losses(margin: torch.Tensor, confidence: torch.Tensor | None, *, settings: TrainSection) -> torch.Tensor:
+    """Loss per pair of the configured objective.
+
+    Args:
+        margin: Delta, how much more than the reference the policy prefers the chosen response, nats. Shape (B,).
+        confidence: gamma, read by label_confidence only. Shape (B,).
+        settings: objective, beta, label_smoothing, ipo_tau.
+
+    Returns:
+        Loss per pair, not reduced. Shape (B,).
+    """
+    match settings.objective:
+        case "dpo":
+            return preference.dpo(margin, beta=settings.beta)
+        case "cdpo":
+            return preference.cdpo(margin, beta=settings.beta, label_smoothing=settings.label_smoothing)
+        case "rdpo":
+            return preference.rdpo(margin, beta=settings.beta, label_smoothing=settings.label_smoothing)
+        case "ipo":
+            return preference.ipo(margin, tau=settings.ipo_tau)
+        case "label_confidence":
+            if confidence is None:
+                raise TrainingError("label_confidence needs gamma: run the rank phase, or set confidence.source=live")
+            return preference.label_confidence(margin, confidence, beta=settings.beta)
+
+
+def _pair_values(
+    scores: PairScores, batch: PairBatch, micro: MicroBatch, *, settings: TrainSection, live: LiveConfidence | None
+) -> dict[str, torch.Tensor]:
+    """Values of `COLUMNS` for the pairs of one micro-batch; the loss carries the gradient."""
+    device = scores.chosen_logps.device
+    index = torch.tensor(micro.indices, device=device)
+    reference_chosen = batch.ref_chosen_logps.to(device)[index]
+    reference_rejected = batch.ref_rejected_logps.to(device)[index]
+    margin = preference.logp_margin(scores.chosen_logps, scores.rejected_logps, reference_chosen, reference_rejected)
+    if live is not None:
+        confidence = live.confidence(scores, index, is_filler=not micro.weight)
+    elif batch.label_confidence is not None:
+        confidence = batch.label_confidence.to(device)[index]
+    else:
+        confidence = None
+    scale = settings.ipo_tau if settings.objective == "ipo" else settings.beta
+    return {
+        "loss": pair_losses(margin, confidence, settings=settings),
+        "chosen_logps": scores.chosen_logps.detach(),
+        "rejected_logps": scores.rejected_logps.detach(),
+        "chosen_rewards": preference.implicit_reward(scores.chosen_logps, reference_chosen, beta=scale),
+        "rejected_rewards": preference.implicit_reward(scores.rejected_logps, reference_rejected, beta=scale),
+        "confidence": torch.ones_like(margin) if confidence is None else confidence,
+    }
+
+
+def _store(values: torch.Tensor, columns: dict[str, torch.Tensor], index: torch.Tensor, num_pairs: int) -> None:
+    rows = values[: len(COLUMNS) * num_pairs].view(len(COLUMNS), num_pairs)
+    rows[:, index] = torch.stack([columns[name].detach() for name in COLUMNS]).double()
+
+
+@contextmanager
+def _seeded(seed: int, update: int, world: World) -> Iterator[None]:
+    """Dropout as a function of (seed, update, rank): nothing to save, nothing to restore, no global seed touched."""
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # One stream per (run, update, worker); the odd factors keep neighbouring triples apart.
+        torch.manual_seed((seed * 1_000_003 + update) * 65_537 + world.rank)
+        yield
+
+
+@contextmanager
+def _gradient_sync(policy: nn.Module, *, is_last: bool) -> Iterator[None]:
+    """Communicate gradients with the last micro-batch only."""
+    if hasattr(policy, "set_requires_gradient_sync"):  # FSDP2
+        policy.set_requires_gradient_sync(is_last)
+    with policy.no_sync() if isinstance(policy, DistributedDataParallel) and not is_last else nullcontext():
+        yield
+
+
+def _clip(policy: nn.Module, max_norm: float) -> float:
+    norm = nn.utils.clip_grad_norm_(list(trainable(policy)), max_norm)
+    # FSDP2 returns a DTensor that holds this worker's part of the norm.
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _check_finite(loss: torch.Tensor, grad_norm: float, update: int, settings: TrainSection) -> None:
+    num_bad = int((~loss.isfinite()).sum())
+    if num_bad:
+        problem = f"the loss of {num_bad} of {len(loss)} pairs is not finite"
+    elif not torch.isfinite(torch.tensor(grad_norm)):
+        problem = f"the gradient norm is {grad_norm}"
+    else:
+        return
+    raise TrainingError(
+        f"update {update + 1}: {problem}; lower train.learning_rate (now {settings.learning_rate:g}), lengthen "
+        "train.warmup_fraction, or set policy.dtype=float32"
+    )

@@ -1,0 +1,200 @@
+"""Exact save and restore of a training run.
+
+A checkpoint is a directory:
+
+    policy/                 HF or PEFT directory (safetensors, tokenizer), loadable by plain transformers or peft
+    trainer_state/
+        state.json          schema, updates done, the settings and data it belongs to, sizes of all files
+        training.pt         optimizer, scheduler, metric window, confidence heads; read with weights_only=True
+
+Weights are stored in the type they are trained in (float32 master weights for full training, float32 adapters), so
+`policy/` alone restores them to the bit. Data order and dropout are functions of (seed, update, rank), so no generator
+state is stored. Optimizer state is stored whole, under parameter names: a run may be resumed with another number of
+workers, or with DDP instead of FSDP.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from raylign.errors import CheckpointError
+from raylign.training.live_confidence import LiveConfidence
+from raylign.training.metrics import MetricWindow
+from raylign.training.world import World
+
+SCHEMA = 1
+POLICY = "policy"
+_STATE = "trainer_state"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class TrainerState:
+    """Everything that changes while a policy trains.
+
+    Attributes:
+        policy: `PolicyForward`, plain or wrapped; see `unwrap`.
+        optimizer: over its trainable parameters.
+        scheduler: of the optimizer.
+        window: metric sums since the last record.
+        live: confidence heads, None when gamma comes from the data.
+        update: updates finished; the only cursor into the data.
+    """
+
+    policy: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    window: MetricWindow
+    live: LiveConfidence | None = None
+    update: int = 0
+
+
+def unwrap(policy: nn.Module) -> nn.Module:
+    """The `PolicyForward` inside DDP; FSDP2 changes modules in place and needs no unwrapping."""
+    return policy.module if isinstance(policy, nn.parallel.DistributedDataParallel) else policy
+
+
+def save_checkpoint(
+    directory: Path, state: TrainerState, *, tokenizer: Any, identity: Mapping[str, Any], world: World | None = None
+) -> None:
+    """Write a checkpoint; all workers call it, the first one writes.
+
+    Args:
+        directory: empty or absent; only the first worker's is used.
+        state: to be saved.
+        tokenizer: saved beside the weights.
+        identity: JSON-like facts the run is made of (settings, data, model); a resume with others is refused.
+        world: this worker.
+    """
+    world = world or World()
+    # Both are collectives for a sharded policy.
+    optimizer_state = get_optimizer_state_dict(state.policy, state.optimizer, options=_FULL)
+    weights = _full_weights(state.policy) if _is_sharded(state.policy) else None
+    if world.rank != 0:
+        return
+    (directory / _STATE).mkdir(parents=True, exist_ok=True)
+    unwrap(state.policy).model.save_pretrained(directory / POLICY, state_dict=weights)
+    tokenizer.save_pretrained(directory / POLICY)
+    training = {
+        "optimizer": optimizer_state,
+        "scheduler": state.scheduler.state_dict(),
+        "window": state.window.state_dict(),
+        "live": None if state.live is None else state.live.state_dict(),
+    }
+    torch.save(training, directory / _STATE / "training.pt")
+    record = {
+        "schema": SCHEMA,
+        "update": state.update,
+        "identity": dict(identity),
+        "sizes": {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()},
+    }
+    (directory / _STATE / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def check_checkpoint(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint is whole and belongs to this run, before a model is loaded from it.
+
+    Raises:
+        CheckpointError: naming what is missing, damaged or different, and the cure.
+    """
+    file = directory / _STATE / "state.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is no trainer checkpoint: {_STATE}/state.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); {_CURE}") from error
+    if record.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{directory} has checkpoint schema {record.get('schema')}, this version reads {SCHEMA}; finish the run "
+            "with the version that started it, or start a new run from its policy/ directory"
+        )
+    for name, size in record["sizes"].items():
+        found = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{directory}: {name} {state}; {_CURE}")
+    _check_identity(directory, record["identity"], json.loads(json.dumps(dict(identity))))
+
+
+def load_training(directory: Path, state: TrainerState) -> None:
+    """Restore everything but the weights, which `restore_weights` or loading from `policy/` put in place.
+
+    Raises:
+        CheckpointError: unreadable or foreign state.
+    """
+    file = directory / _STATE / "training.pt"
+    try:
+        training = torch.load(file, map_location="cpu", weights_only=True)
+        record = json.loads((directory / _STATE / "state.json").read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); {_CURE}") from error
+    if (training["live"] is None) != (state.live is None):
+        raise CheckpointError(f"{directory} was made with another confidence.source; resume with the same setting")
+    set_optimizer_state_dict(
+        state.policy, state.optimizer, training["optimizer"], options=StateDictOptions(full_state_dict=True)
+    )
+    state.scheduler.load_state_dict(training["scheduler"])
+    state.window.load_state_dict(training["window"])
+    if state.live is not None:
+        state.live.load_state_dict(training["live"])
+    state.update = record["update"]
+
+
+def restore_adapter(directory: Path, model: nn.Module) -> None:
+    """Put the adapter weights of a checkpoint into a peft model whose base is already loaded.
+
+    Raises:
+        CheckpointError: unreadable weights, or weights of another adapter.
+    """
+    from peft import set_peft_model_state_dict
+
+    file = directory / POLICY / "adapter_model.safetensors"
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); {_CURE}") from error
+    result = set_peft_model_state_dict(model, weights)
+    if result.unexpected_keys:
+        raise CheckpointError(f"{file} holds {result.unexpected_keys[0]}, which the model lacks; {_CURE}")
+
+
+def _is_sharded(policy: nn.Module) -> bool:
+    return hasattr(policy, "set_requires_gradient_sync")
+
+
+def _full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole tensors of the model inside `PolicyForward`, by its own names, on the CPU; empty but on the first rank."""
+    model = unwrap(policy).model
+    is_adapter = hasattr(model, "get_base_model")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
+    weights = get_model_state_dict(policy, options=options)
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+_CURE = "remove this checkpoint so that the run continues from an older one, or start under a new run.name"
+
+
+def _check_identity(directory: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    names = sorted(name for name in {*have, *want} if have.get(name) != want.get(name))
+    if names:
+        shown = "; ".join(f"{n}: was {have.get(n)!r}, now {want.get(n)!r}" for n in names[:4])
+        raise CheckpointError(
+            f"{directory} belongs to another run ({shown}); resume with the old values or use a new run.name"
+        )
