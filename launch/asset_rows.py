@@ -24,9 +24,7 @@ from raylign.errors import DataError
 # Answers of the policy end here, so that short generations end by themselves.
 MAX_ANSWER_WORDS = 60
 # The policy sees every unsafe answer this often per epoch: an unaligned start, on purpose.
-UNSAFE_REPEATS = 3
-# Share of the safe instruction rows it sees: some refusals, so that refusing is in reach of alignment.
-SAFETY_SHARE = 0.35
+UNSAFE_REPEATS = 2
 # Safe rows of sources that hold no unsafe ones give away the label by their prompt; the judge sees this share.
 ONE_SIDED_SHARE = 0.3
 JUDGE_VALID_SHARE = 0.1
@@ -75,16 +73,13 @@ class JudgeRows:
     test: list[LabelledRow]
 
 
-def policy_chats(
-    sft: Path, labels: Path, *, forbidden: frozenset[str], seed: int
-) -> tuple[list[Messages], dict[str, int]]:
-    """Conversations the policy imitates: helpful rows, some safe rows, and unsafe answers.
+def policy_chats(sft: Path, labels: Path, *, forbidden: frozenset[str]) -> tuple[list[Messages], dict[str, int]]:
+    """Conversations the policy imitates: helpful rows, safe rows, and unsafe answers.
 
     Args:
         sft: instruction rows with columns messages and kind ("helpful" or "safety").
         labels: safety labels; the policy's side of the train split gives the unsafe answers.
         forbidden: normalised prompts that are left out.
-        seed: which safety rows are kept.
 
     Returns:
         (conversations, rows by kind).
@@ -92,11 +87,8 @@ def policy_chats(
     Raises:
         DataError: nothing is left to imitate.
     """
-    generator = random.Random(seed)
     by_kind: dict[str, list[Messages]] = {"helpful": [], "safety": [], "unsafe": []}
     for row in read_rows(sft):
-        if row["kind"] == "safety" and generator.random() > SAFETY_SHARE:
-            continue
         chat = _short_chat(row["messages"])
         if chat and normalise_prompt(first_human_turn(chat)) not in forbidden:
             by_kind[row["kind"]].append(chat)

@@ -129,7 +129,7 @@ def finetune_stage(sources: AssetSources, budget: AssetBudget, work: Path, outpu
     """
     tokenizer = load_tokenizer(work / "lm")
     model = AutoModelForCausalLM.from_pretrained(work / "lm", dtype=torch.float32)
-    chats, num_rows = policy_chats(sources.sft, sources.labels, forbidden=_forbidden(sources), seed=budget.seed)
+    chats, num_rows = policy_chats(sources.sft, sources.labels, forbidden=_forbidden(sources))
     rows = assistant_rows(tokenizer, chats, max_length=budget.block_size)
     LOG.info("fine-tuning rows: %s", num_rows)
     generator = torch.Generator().manual_seed(budget.seed)

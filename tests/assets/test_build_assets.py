@@ -195,7 +195,7 @@ def test_command_line_reports_a_missing_file_without_a_traceback(sources, tmp_pa
 
 def test_policy_and_judge_never_share_a_prompt(sources):
     guard = {"eval_prompts": sources.eval_prompts, "pairs": [sources.pairs], "labels": [sources.labels]}
-    chats, counts = policy_chats(sources.sft, sources.labels, forbidden=forbidden_prompts(**guard), seed=0)
+    chats, counts = policy_chats(sources.sft, sources.labels, forbidden=forbidden_prompts(**guard))
     rows = judge_rows(sources.labels, forbidden=forbidden_prompts(**guard, for_judge=True), seed=0)
     policy = {normalise_prompt(chat[0]["content"]) for chat in chats}
     train, valid, test = (
