@@ -110,7 +110,7 @@ def fit_normalizer(chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.
         mean_D = items_ID.mean(0)
         rms = (items_ID - mean_D).square().mean().sqrt()
         means.append(mean_D)
-        scales.append(torch.where(rms > 0, rms, 1.0))
+        scales.append(torch.where(rms == 0, 1.0, rms))
     layer_mean_LD, layer_rms_L = torch.stack(means).float(), torch.stack(scales).float()
     if not bool(torch.isfinite(layer_rms_L).all()):
         raise DataError("hidden states hold nan or infinity; float16 storage overflows beyond 65504")
