@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from raylign.errors import DataError, ShapeError
+from raylign.evaluation import metrics
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_bootstrap_interval_of_a_normal_sample_is_the_textbook_one():
+    values = rng().normal(3.0, 2.0, 400)
+    interval = metrics.bootstrap_mean(values, num_samples=4000, generator=rng(1))
+    spread = 1.96 * values.std() / math.sqrt(400)
+    assert interval.mean == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - spread, abs=0.1 * spread)
+    assert interval.high == pytest.approx(values.mean() + spread, abs=0.1 * spread)
+    assert interval.num_items == 400
+
+
+def test_bootstrap_interval_covers_the_true_mean_at_its_rate():
+    generator, covered = rng(), 0
+    for _ in range(400):
+        interval = metrics.bootstrap_mean(generator.normal(1.0, 1.0, 60), num_samples=200, generator=generator)
+        covered += interval.low <= 1.0 <= interval.high
+    assert 0.90 <= covered / 400 <= 0.98
+
+
+def test_bootstrap_is_a_function_of_its_generator_and_independent_of_blocks(monkeypatch):
+    values = rng().normal(size=50)
+    whole = metrics.bootstrap_mean(values, num_samples=100, generator=rng(1))
+    assert whole == metrics.bootstrap_mean(values, num_samples=100, generator=rng(1))
+    assert whole != metrics.bootstrap_mean(values, num_samples=100, generator=rng(2))
+    monkeypatch.setattr(metrics, "_DRAWS_PER_BLOCK", 50 * 7)
+    assert whole == metrics.bootstrap_mean(values, num_samples=100, generator=rng(1))
+
+
+def test_bootstrap_of_one_or_no_item():
+    one = metrics.bootstrap_mean([2.0], num_samples=10, generator=rng())
+    assert (one.mean, one.low, one.high, one.num_items) == (2.0, 2.0, 2.0, 1)
+    none = metrics.bootstrap_mean([], num_samples=10, generator=rng())
+    assert math.isnan(none.mean) and math.isnan(none.low) and none.num_items == 0
+
+
+def test_pairing_removes_what_prompts_have_in_common():
+    hardness = rng().normal(0, 10, 200)
+    before, after = hardness + rng(1).normal(0, 0.1, 200), hardness + 0.5 + rng(2).normal(0, 0.1, 200)
+    change = metrics.paired_bootstrap_difference(before, after, num_samples=500, generator=rng())
+    assert change.low > 0.4
+    assert change.high < 0.6
+    back = metrics.paired_bootstrap_difference(after, before, num_samples=500, generator=rng())
+    assert back.mean == pytest.approx(-change.mean)
+
+
+def test_other_prompts_cannot_be_paired():
+    with pytest.raises(ShapeError, match="same prompts"):
+        metrics.paired_bootstrap_difference([1.0], [1.0, 2.0], num_samples=10, generator=rng())
+
+
+def test_wilson_interval_solves_its_quadratic_and_has_width_at_the_ends():
+    interval = metrics.wilson_interval(7, 20)
+    for bound in (interval.low, interval.high):  # |share - p| = z sqrt(p (1 - p) / n)
+        assert abs(7 / 20 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 20), abs=1e-6)
+    none = metrics.wilson_interval(0, 20)
+    assert none.low == 0.0
+    assert 0.1 < none.high < 0.2
+    empty = metrics.wilson_interval(0, 0)
+    assert (empty.low, empty.high) == (0.0, 1.0)
+    with pytest.raises(DataError, match="not a proportion"):
+        metrics.wilson_interval(3, 2)
+
+
+def test_ties_are_wrong_in_pair_accuracy():
+    assert metrics.pair_accuracy([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0]) == 0.5
+    assert math.isnan(metrics.pair_accuracy([], []))
+    with pytest.raises(ShapeError, match="alike"):
+        metrics.pair_accuracy([1.0], [1.0, 2.0])
+
+
+def test_calibration_error_by_hand():
+    # .92 .92 share a bin with y = 1, .08 .08 with y = 0: four items, each .08 away; .52 and .48: .48 away.
+    assert metrics.expected_calibration_error([0.92, 0.92, 0.52]) == pytest.approx((4 * 0.08 + 2 * 0.48) / 6)
+    assert metrics.expected_calibration_error([1.0]) == 0.0
+    assert metrics.expected_calibration_error([0.0]) == 1.0
+    assert math.isnan(metrics.expected_calibration_error([]))
+
+
+def test_calibration_error_is_small_for_true_probabilities_and_grows_when_they_are_sharpened():
+    generator = rng()
+    logit = generator.normal(0, 2, 20_000)
+    is_right = generator.random(20_000) < 1 / (1 + np.exp(-logit))
+    stated = 1 / (1 + np.exp(-np.where(is_right, logit, -logit)))
+    sharpened = 1 / (1 + np.exp(-3 * np.where(is_right, logit, -logit)))
+    assert metrics.expected_calibration_error(stated) < 0.01
+    assert metrics.expected_calibration_error(sharpened) > 0.08
+    assert metrics.brier(stated) < metrics.brier(sharpened)
+
+
+def test_calibration_error_does_not_depend_on_which_answer_is_named_first():
+    """Mirroring every prediction is what renaming does: the pooled predictions are the same set."""
+    stated = rng().random(500)
+    naive = 0.0
+    pooled, right = np.concatenate([stated, 1 - stated]), np.repeat([1.0, 0.0], 500)
+    for k in range(20):
+        inside = (pooled >= k / 20) & (pooled < (k + 1) / 20)
+        if inside.any():
+            naive += inside.mean() * abs(pooled[inside].mean() - right[inside].mean())
+    assert metrics.expected_calibration_error(stated) == pytest.approx(naive, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [metrics.expected_calibration_error, metrics.brier])
+@pytest.mark.parametrize("stated", [1.1, -0.1, math.nan])
+def test_probabilities_outside_the_unit_interval_are_refused(metric, stated):
+    with pytest.raises(DataError, match=r"\[0, 1\]"):
+        metric([0.5, stated])
+
+
+def test_brier_by_hand():
+    assert metrics.brier([1.0, 0.5, 0.0]) == pytest.approx((0 + 0.25 + 1) / 3)
+    assert math.isnan(metrics.brier([]))
+
+
+def test_auroc_is_the_share_of_ordered_pairs():
+    positive, negative = rng().integers(0, 6, 40), rng(1).integers(0, 5, 30)
+    naive = np.mean([(p > n) + 0.5 * (p == n) for p in positive for n in negative])
+    assert metrics.auroc(positive, negative) == pytest.approx(naive)
+    assert metrics.auroc([1.0], [1.0]) == 0.5
+    assert math.isnan(metrics.auroc([], [1.0]))
+
+
+def test_tensors_are_arrays_too_and_matrices_are_refused():
+    assert metrics.pair_accuracy(torch.ones(3), torch.zeros(3)) == 1.0
+    with pytest.raises(ShapeError, match="one-dimensional"):
+        metrics.auroc(np.zeros((2, 2)), [1.0])
