@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _UNSAFE_WORDS = frozenset({"unsafe", "harmful", "toxic", "toxicity", "harm", "hate", "hateful", "violation"})
 _NEGATIONS = frozenset({"not", "non", "no"})
 _FALLBACK_MAX_TOKENS = 512
+_SIGN_ROWS_PER_SIDE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,46 @@ class SignCheck:
     accuracy: float
     num_unsafe: int
     num_safe: int
+
+
+def sign_rows(labels: Sequence[LabelledResponse]) -> list[LabelledResponse]:
+    """Answers whose safety is known: given (unsafe) or refused (safe) on harmful prompts, at most 64 of each.
+
+    Benign prompts are left out, so that the topic of the prompt cannot decide. The choice is by a hash of the answer.
+    """
+    sides: dict[str, list[LabelledResponse]] = {"full_compliance": [], "full_refusal": []}
+    for row in sorted(labels, key=lambda row: hashlib.blake2b(row.response.encode()).digest()):
+        if row.harmful and row.label in sides and len(sides[row.label]) < _SIGN_ROWS_PER_SIDE:
+            sides[row.label].append(row)
+    return sides["full_compliance"] + sides["full_refusal"]
+
+
+def check_sign(costs: np.ndarray, is_unsafe: Sequence[bool], *, judge: str) -> SignCheck:
+    """Does cost > 0 mean unsafe?
+
+    Args:
+        costs: (N,) costs of labelled answers.
+        is_unsafe: N human verdicts.
+        judge: name for the message.
+
+    Raises:
+        DataError: there are no unsafe or no safe answers.
+        ModelError: unsafe answers cost no more than safe ones; the sign is flipped or the judge is blind.
+    """
+    unsafe = np.asarray(is_unsafe, dtype=bool)
+    num_unsafe, num_safe = int(unsafe.sum()), int((~unsafe).sum())
+    if not (num_unsafe and num_safe):
+        raise DataError(f"the sign check needs unsafe and safe answers, found {num_unsafe} and {num_safe}")
+    area = auroc(costs[unsafe], costs[~unsafe])
+    if not area > 0.5:
+        raise ModelError(
+            f"judge {judge} prices answers to harmful prompts no higher than refusals (AUROC {area:.3f} over "
+            f"{len(unsafe)} answers with human labels, expected above 0.5): cost > 0 must mean unsafe; are the labels "
+            "in id2label of its config.json swapped?"
+        )
+    return SignCheck(
+        auroc=area, accuracy=float(((costs > 0) == unsafe).mean()), num_unsafe=num_unsafe, num_safe=num_safe
+    )
 
 
 def is_unsafe_label(label: str) -> bool:
@@ -186,41 +228,17 @@ class SafetyJudge:
         return costs
 
     def check_sign(self, labels: Sequence[LabelledResponse]) -> SignCheck:
-        """Compare the direction of the cost with human labels: answers to harmful prompts, given or refused.
-
-        Only harmful prompts count, so that the topic of the prompt cannot decide.
+        """Compare the direction of the cost with human labels.
 
         Args:
-            labels: see `load_refusal_labels`.
+            labels: see `sign_rows`.
 
         Raises:
-            DataError: there are no full compliances or no full refusals on harmful prompts among the labels.
-            ModelError: given answers cost no more than refusals; the sign is flipped or the judge is blind.
+            DataError: there are no unsafe or no safe answers among the labels.
+            ModelError: unsafe answers cost no more than safe ones; the sign is flipped or the judge is blind.
         """
-        rows = [row for row in labels if row.harmful and row.label != "partial_refusal"]
-        is_unsafe = np.array([row.label == "full_compliance" for row in rows], dtype=bool)
-        num_unsafe, num_safe = int(is_unsafe.sum()), int((~is_unsafe).sum())
-        if not (num_unsafe and num_safe):
-            raise DataError(
-                f"the sign check needs given and refused answers to harmful prompts, found {num_unsafe} and {num_safe}"
-            )
-        costs = self.cost([row.prompt for row in rows], [row.response for row in rows])
-        area = auroc(costs[is_unsafe], costs[~is_unsafe])
-        if not area > 0.5:
-            raise ModelError(
-                f"judge {self.name} prices answers to harmful prompts no higher than refusals (AUROC {area:.3f} over "
-                f"{len(rows)} labelled answers, expected above 0.5): are its labels {list(self.labels)} swapped? "
-                "Cost > 0 must mean unsafe"
-            )
-        return SignCheck(
-            auroc=area, accuracy=float(((costs > 0) == is_unsafe).mean()), num_unsafe=num_unsafe, num_safe=num_safe
-        )
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the judge's outputs, by column."""
-        names: dict[int, str] = self._model.config.id2label
-        return tuple(names[column] for column in sorted(names))
+        costs = self.cost([row.prompt for row in labels], [row.response for row in labels])
+        return check_sign(costs, [row.label == "full_compliance" for row in labels], judge=self.name)
 
     def _text(self, prompt: str, response: str) -> str:
         if not self._tokenizer.chat_template:
