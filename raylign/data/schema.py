@@ -80,7 +80,7 @@ def content_key(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
 
 
 def _detect(row: Mapping[str, Any]) -> RowFormat:
-    if "response_0" in row and "response_1" in row:
+    if "response_0" in row and row.get("chosen") is None:
         return "pku"
     answers = (row.get("chosen"), row.get("rejected"))
     return "hh" if all(isinstance(a, str) and _TRANSCRIPT_START.match(a) for a in answers) else "trl"
