@@ -129,7 +129,7 @@ class RewardScorer:
     Args:
         model: the reference, on its device.
         tokenizer: of the reference.
-        head: (N, L, D) states -> (N,) rewards, for example `HybridReward`.
+        head: (N, L, D) states -> (N,) rewards, for example `HybridReward`, on any device.
         layers: the layers that the head was fitted on.
         layout: see `resolve_layout`.
         batch_tokens: token budget of one forward.
@@ -139,7 +139,7 @@ class RewardScorer:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        head: Callable[[torch.Tensor], torch.Tensor],
+        head: nn.Module,
         *,
         layers: tuple[int, ...],
         layout: Layout,
@@ -167,5 +167,6 @@ class RewardScorer:
             layers=self._layers,
         )
         assert scored.states is not None
-        rewards: np.ndarray = self._head(scored.states).double().cpu().numpy()
+        states = scored.states.to(next(self._head.parameters()).device)
+        rewards: np.ndarray = self._head(states).double().cpu().numpy()
         return rewards
