@@ -114,10 +114,14 @@ class ConfidenceSection(Section):
     source: Literal["fixed", "live"] = Field(
         "fixed", description="from the cached reference features, or from the policy's current detached states"
     )
-    level: Literal["pair", "batch"] = Field("pair", description="one gamma per pair, or one for the whole batch")
+    level: Literal["pair", "batch"] = Field(
+        "pair", description="one gamma per pair, or one for the whole update batch (live only)"
+    )
     alpha: float = Field(7.5, gt=0, description="sharpness of gamma")
     floor: float = Field(0.0, ge=0, lt=1, description="smallest gamma; 0.5 forbids flips, as the released code does")
-    center: Literal["ema", "none"] = Field("ema", description="subtract a running mean reward before the squash")
+    center: Literal["ema", "none"] = Field(
+        "ema", description="subtract the mean reward before the squash: a running mean when live, else that of the fold"
+    )
     center_decay: float = Field(0.99, ge=0, lt=1, description="decay of that mean, per update")
     squash: Literal["sigmoid", "none"] = Field("sigmoid", description="none is sigmoid(margin / temperature)")
     temperature: float | Literal["fitted"] = Field(
@@ -168,6 +172,7 @@ class EvaluateSection(Section):
     max_new_tokens: int = Field(64, ge=4, description="length limit of an answer")
     temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 is greedy")
     batch_size: int = Field(64, ge=1, description="prompts generated together")
+    num_actors: int = Field(1, ge=1, description="actors that answer and judge, each with features.cpus_per_actor CPUs")
     drift_prompts: int = Field(24, ge=4, description="held-out prompts whose candidates measure drift")
     drift_candidates: int = Field(8, ge=2, description="answers sampled per prompt from the reference")
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind every interval")
@@ -250,13 +255,14 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(train.objective != "ipo", "train", ["beta"], "use train.ipo_tau, which is what ipo reads")
     reads(uses_confidence, "confidence", list(ConfidenceSection.model_fields), "set train.objective=label_confidence")
     live = confidence.source == "live"
-    reads(live, "confidence", ["track"], "set confidence.source=live")
+    reads(live, "confidence", ["level", "track"], "set confidence.source=live")
     reads(live and confidence.track != "none", "confidence", ["track_learning_rate"], "set confidence.track=anchor")
     reads(live and confidence.track == "anchor", "confidence", ["track_batch_size"], "set confidence.track=anchor")
     squashed = confidence.squash == "sigmoid"
     reads(not squashed, "confidence", ["temperature"], "set confidence.squash=none")
     reads(squashed, "confidence", ["alpha", "center"], "set confidence.squash=sigmoid")
-    reads(squashed and confidence.center == "ema", "confidence", ["center_decay"], "set confidence.center=ema")
+    has_ema = live and squashed and confidence.center == "ema"
+    reads(has_ema, "confidence", ["center_decay"], "set confidence.source=live and confidence.center=ema")
     reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
     reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
     return idle

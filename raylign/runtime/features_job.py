@@ -71,6 +71,7 @@ class FeatureExtractor:
         verify_logprobs(model, tokenizer, layout=self.layout)
         self.forward = PolicyForward(model).eval()
         self.layers = resolve_layers(config.layers, self.forward.num_layers)
+        self.width = int(model.config.hidden_size)
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.config = config
         self.device = device
@@ -87,7 +88,8 @@ class FeatureExtractor:
 
         pairs = pairs_from_table(table)
         logps = np.empty((2, len(pairs)), np.float32)
-        states: list[np.ndarray] | None = None
+        shape = (len(pairs), len(self.layers), self.width)
+        states = np.empty(shape, self.config.dtype), np.empty(shape, self.config.dtype)
         tokens = [pair_tokens(pair, self.layout) for pair in pairs]
         [plan] = plan_micro_batches(tokens, batch_tokens=self.config.batch_tokens, num_workers=1)
         for micro_batch in plan:
@@ -98,17 +100,12 @@ class FeatureExtractor:
             with torch.inference_mode():
                 scores = self.forward(batch.to(self.device), layers=self.layers)
             halves = (scores.chosen_states, scores.rejected_states)
-            if states is None:
-                shape = (len(pairs), len(self.layers), halves[0].shape[-1])
-                states = [np.empty(shape, self.config.dtype) for _ in halves]
             with np.errstate(over="ignore"):  # reported below, with its cure
                 for half, (kept, values) in enumerate(
                     zip(halves, (scores.chosen_logps, scores.rejected_logps), strict=True)
                 ):
                     states[half][index] = kept.cpu().numpy()
                     logps[half, index] = values.cpu().numpy()
-        if states is None:
-            states = [np.empty((0, len(self.layers), 1), self.config.dtype)] * 2
         self._check_finite(logps, states)
         added = [states_to_column(states[0]), states_to_column(states[1]), pa.array(logps[0]), pa.array(logps[1])]
         for name, column in zip(FEATURE_COLUMNS, added, strict=True):
@@ -151,7 +148,7 @@ def _id_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def features_key(
-    *, config: FeaturesSection, policy: PolicySection, model_path: str | Path, data_fingerprint: str, max_length: int
+    *, config: FeaturesSection, policy: PolicySection, model_path: str | Path, data_fingerprint: str
 ) -> dict[str, Any]:
     """Everything that the features depend on; JSON-like, equal keys mean equal features.
 
@@ -160,7 +157,6 @@ def features_key(
         policy: the compute type counts.
         model_path: directory of the reference policy; its bytes count, its place does not.
         data_fingerprint: fingerprint of the ingested pairs.
-        max_length: `data.max_length` the pairs were cut to.
     """
     from raylign.models.forward import resolve_layers
     from raylign.models.loading import load_config, model_fingerprint, tokenizer_fingerprint
@@ -171,7 +167,6 @@ def features_key(
         "model": model_fingerprint(model_path),
         "tokenizer": tokenizer_fingerprint(model_path),
         "data": data_fingerprint,
-        "max_length": max_length,
         "layers": list(resolve_layers(config.layers, num_layers)),
         "dtype": config.dtype,
         "compute_dtype": _compute_dtype(config, policy),
@@ -190,7 +185,6 @@ def run_features(
     model_path: str | Path,
     output_dir: str | Path,
     data_fingerprint: str,
-    max_length: int,
     show_progress: bool = False,
 ) -> ray.data.Dataset:
     """Add `FEATURE_COLUMNS` to every pair, or read them from the cache directory when it was made from the same inputs.
@@ -204,7 +198,6 @@ def run_features(
         model_path: directory of the reference policy, readable on every node.
         output_dir: cache directory of this key, on storage that every node sees.
         data_fingerprint: fingerprint of the pairs.
-        max_length: `data.max_length` the pairs were cut to.
         show_progress: Ray Data's progress bars.
 
     Returns:
@@ -220,9 +213,7 @@ def run_features(
     from raylign.runtime.phases import versions, write_json
 
     directory = Path(output_dir).expanduser().absolute()
-    key = features_key(
-        config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint, max_length=max_length
-    )
+    key = features_key(config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint)
     if _is_cached(directory, key):
         return read_features(directory)
     partial = directory.with_name(f".{directory.name}.partial")
@@ -230,15 +221,16 @@ def run_features(
     partial.mkdir(parents=True)
     num_pairs = pairs.count()
     start = time.monotonic()
-    extracted = pairs
-    if config.num_actors > 1:
-        extracted = extracted.repartition(target_num_rows_per_block=_ROWS_PER_CALL)
-    extracted = extracted.map_batches(
+    num_rows = max(1, min(_ROWS_PER_CALL, num_pairs // config.num_actors))  # of one call, so that every actor has one
+    num_actors = max(1, min(config.num_actors, num_pairs // num_rows))
+    # One block is work for one actor; data that came in one block must be cut first.
+    blocks = pairs.repartition(target_num_rows_per_block=num_rows) if num_actors > 1 else pairs
+    extracted = blocks.map_batches(
         FeatureExtractor,
         fn_constructor_args=(str(model_path), config, policy),
-        batch_size=_ROWS_PER_CALL,
+        batch_size=num_rows,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
         udf_modifying_row_count=False,

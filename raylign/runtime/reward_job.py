@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from raylign.config import ConfidenceSection, RewardSection
 from raylign.errors import CheckpointError, DataError
+from raylign.evaluation.layers import layer_curve
 from raylign.evaluation.metrics import bootstrap_mean, brier, expected_calibration_error
+from raylign.evaluation.scoring import RewardScorer
 from raylign.rewards.confidence import count_flips, fit_temperature, label_confidence, pair_confidence
-from raylign.rewards.fit import FitOptions, cross_fit, grouped_folds, layer_curve, rewards
+from raylign.rewards.fit import FitOptions, cross_fit, grouped_folds, rewards
 from raylign.rewards.hybrid import HybridReward
 from raylign.runtime.features_job import states_from_column
 from raylign.runtime.phases import write_json
@@ -215,9 +217,9 @@ def fit_reward(
         "out_of_fold_accuracy": float((fit.chosen_reward > fit.rejected_reward).double().mean()),
         "temperature": temperature,
         **held_out_metrics(chosen_reward, rejected_reward, fitted, confidence, seed=seed),
-        "layers": curve,
+        "layers": [asdict(record) for record in curve],
     }
-    return FittedReward(**{**fitted.__dict__, "metrics": metrics})
+    return replace(fitted, metrics=metrics)
 
 
 def held_out_metrics(
@@ -241,7 +243,7 @@ def held_out_metrics(
     )
     calibrated = torch.sigmoid((chosen_reward - rejected_reward) / fitted.temperature)
     correct = (chosen_reward > rejected_reward).double().numpy()
-    accuracy = bootstrap_mean(correct, rng=np.random.default_rng(seed))
+    accuracy = bootstrap_mean(correct, num_samples=1000, generator=np.random.default_rng(seed))
     return {
         "test_accuracy": {"mean": accuracy.mean, "low": accuracy.low, "high": accuracy.high},
         "test_ece": expected_calibration_error(gamma.numpy()),
@@ -325,6 +327,27 @@ def _score(
         for name, value in zip(names, values, strict=True):
             out[name][rows.numpy()] = value.numpy()
     return {**out, "fold": fold.numpy().astype(np.int16), "weight": np.ones(len(fold), np.float32)}
+
+
+def make_reward_scorer(model_path: str, reward_dir: str, layers: tuple[int, ...]) -> RewardScorer:
+    """The run's reward of texts: the head of all training pairs on the reference model's states.
+
+    Args:
+        model_path: directory of the reference.
+        reward_dir: what `FittedReward.save` wrote.
+        layers: transformer layers that the heads were fitted on.
+    """
+    from raylign.models.loading import load_policy, load_tokenizer, resolve_layout
+
+    model = load_policy(model_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return RewardScorer(
+        model.to(device),
+        load_tokenizer(model_path),
+        FittedReward.load(Path(reward_dir)).full.to(device),
+        layers=layers,
+        layout=resolve_layout("auto", model.config),
+    )
 
 
 def confidence_facts(gamma: Sequence[float] | np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""The phases as functions for people who already run Ray: a Dataset in, a Dataset or a Ray Train Result out.
+
+None of them starts Ray. `storage` must be a directory that all nodes see; results that depend on their inputs alone
+(pairs, features) are kept there under a fingerprint and found again by the next call.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.data
+import ray.train
+
+from raylign.config import EMBEDDED, RunConfig, load_config
+from raylign.models.loading import resolve_model
+from raylign.runtime.evaluate_job import Evaluation, run_evaluation
+from raylign.runtime.features_job import features_key, run_features
+from raylign.runtime.fingerprints import pairs_fingerprint
+from raylign.runtime.ingest_job import run_ingest
+from raylign.runtime.phases import digest
+from raylign.runtime.pipeline import actor_options
+from raylign.runtime.reward_job import FittedReward, rank_pairs
+from raylign.runtime.reward_job import fit_reward as fit_heads
+from raylign.runtime.trainer import run_training
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+STORAGE = "runs/api"
+
+
+def ingest(
+    source: ray.data.Dataset | str,
+    *,
+    model: str = EMBEDDED,
+    storage: str | Path = STORAGE,
+    seed: int = 0,
+    **options: Any,
+) -> ray.data.Dataset:
+    """Raw preference rows to validated, tokenized, deduplicated and split pairs.
+
+    Args:
+        source: Dataset with the columns of any supported format, or what `data.path` takes.
+        model: directory or hub id whose tokenizer and chat template are used.
+        storage: keeps the pairs and `quarantine.jsonl` with every refused row.
+        seed: of the split.
+        **options: keys of the `data` section, for example max_length=1024.
+
+    Returns:
+        Columns `TEXT_COLUMNS` and `TOKEN_COLUMNS` of `raylign.types`.
+
+    Raises:
+        DataError: unusable data; ConfigError: an unknown option.
+    """
+    config = _config({"data": options}, seed=seed)
+    root = _directory(storage)
+    fresh = root / f".ingest-{uuid.uuid4().hex[:8]}"
+    try:
+        run_ingest(source, config=config.data, model_path=resolve_model(model), output_dir=fresh, seed=seed)
+        kept = root / f"pairs-{pairs_fingerprint(_parquet(fresh))}"
+        if not kept.exists():
+            fresh.rename(kept)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return _parquet(kept)
+
+
+def extract_features(
+    pairs: ray.data.Dataset, *, model: str = EMBEDDED, storage: str | Path = STORAGE, **options: Any
+) -> ray.data.Dataset:
+    """Add hidden states and reference log-probs of `model`, from one forward per pair, or from the cache.
+
+    Args:
+        pairs: of `ingest`.
+        model: the reference: the policy before training.
+        storage: keeps the features under a key of everything they depend on.
+        **options: keys of the `features` section, for example layers=[8, 16], num_actors=4, gpus_per_actor=1.
+
+    Returns:
+        The pairs with `FEATURE_COLUMNS` of `raylign.types`.
+    """
+    config = _config({"features": options})
+    path = resolve_model(model)
+    fingerprint = pairs_fingerprint(pairs)
+    key = features_key(config=config.features, policy=config.policy, model_path=path, data_fingerprint=fingerprint)
+    return run_features(
+        pairs,
+        config=config.features,
+        policy=config.policy,
+        model_path=path,
+        output_dir=_directory(storage) / f"features-{digest(key)}",
+        data_fingerprint=fingerprint,
+    )
+
+
+def fit_reward(features: ray.data.Dataset, *, seed: int = 0, **options: Any) -> FittedReward:
+    """Fit the hybrid representation reward; `metrics` of the result hold its held-out quality.
+
+    Args:
+        features: of `extract_features`.
+        seed: of folds and heads.
+        **options: keys of the `reward` section, for example folds=10, bce_weight=0.
+    """
+    config = _config({"reward": options}, seed=seed)
+    return fit_heads(features, config=config.reward, confidence=config.confidence, seed=seed)
+
+
+def rank(features: ray.data.Dataset, reward: FittedReward, **options: Any) -> ray.data.Dataset:
+    """Add a reward margin and a label confidence to every pair; lazy.
+
+    Args:
+        features: of `extract_features`.
+        reward: of `fit_reward`.
+        **options: keys of the `confidence` section, for example floor=0.5, squash="none".
+
+    Returns:
+        The pairs with `RANK_COLUMNS` of `raylign.types`, without the hidden states.
+    """
+    return rank_pairs(features, reward=reward, confidence=_config({"confidence": options}).confidence)
+
+
+def train(
+    ranked: ray.data.Dataset,
+    *,
+    name: str,
+    model: str = EMBEDDED,
+    storage: str | Path = STORAGE,
+    seed: int = 0,
+    resume: bool = False,
+    reward: FittedReward | None = None,
+    config: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> ray.train.Result:
+    """Train the policy off-policy on ranked pairs with Ray Train.
+
+    Args:
+        ranked: of `rank`; the output of `extract_features` is enough for dpo, cdpo, rdpo and ipo.
+        name: of the run below `storage`.
+        model: directory or hub id of the policy before training.
+        storage: directory of the run.
+        seed: of data order and dropout.
+        resume: continue the run of that name.
+        reward: heads, needed for confidence.source=live.
+        config: other sections, for example {"policy": {"adapter": "lora"}, "resources": {"num_workers": 4}}.
+        **options: keys of the `train` section, for example objective="dpo", beta=0.1.
+
+    Returns:
+        Ray's result; `result.checkpoint.path` holds `policy/`, a plain HF or PEFT directory.
+    """
+    sections = {section: dict(content) for section, content in (config or {}).items()}
+    sections.setdefault("train", {}).update(options)
+    sections.setdefault("run", {})["resume"] = resume
+    resolved = _config(sections, seed=seed)
+    root = _directory(storage)
+    heads = None
+    if reward is not None:
+        heads = root / f"{name}-reward"
+        heads.mkdir(exist_ok=True)
+        reward.save(heads)
+    return run_training(
+        ranked, config=resolved, model_path=resolve_model(model), storage_path=root, name=name, heads=heads
+    )
+
+
+def evaluate(model: str | Path, *, seed: int = 0, **options: Any) -> Evaluation:
+    """Judge a HF or PEFT directory on safety and benign prompts.
+
+    Args:
+        model: directory or hub id.
+        seed: of the choice of prompts, sampling and bootstrap.
+        **options: keys of the `evaluate` section, for example num_prompts=400, judge="/models/classifier".
+    """
+    config = _config({"evaluate": options}, seed=seed)
+    return run_evaluation(model, config=config.evaluate, seed=seed, options=actor_options(config))
+
+
+def _config(sections: dict[str, Any], *, seed: int = 0) -> RunConfig:
+    sections.setdefault("run", {})["seed"] = seed
+    return load_config(values=sections)
+
+
+def _directory(storage: str | Path) -> Path:
+    path = Path(storage).expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _parquet(directory: Path) -> ray.data.Dataset:
+    from raylign.runtime.ingest_job import read_pairs
+
+    return read_pairs(directory)

@@ -1,0 +1,298 @@
+"""The main job: seven phases, each done once for its inputs, from rows to a judged checkpoint and a report."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from raylign.config import RunConfig, idle_keys
+from raylign.evaluation.safety import SafetyComparison
+from raylign.models.forward import resolve_layers
+from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
+from raylign.runtime.evaluate_job import (
+    COMPLETIONS_FILE,
+    DRIFT_FILE,
+    check_drift,
+    evaluate_models,
+    save_completions,
+    save_drift,
+)
+from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.features_job import features_key, read_features, run_features
+from raylign.runtime.fingerprints import pairs_fingerprint, source_state
+from raylign.runtime.ingest_job import PAIRS_DIR, read_pairs, run_ingest
+from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.reward_job import FittedReward, confidence_facts, fit_reward, make_reward_scorer, rank_pairs
+from raylign.runtime.tracking import track_run
+from raylign.runtime.trainer import METRICS_FILE, run_training
+from raylign.types import Message
+
+if TYPE_CHECKING:
+    from raylign.evaluation.drift import DriftReport
+
+POLICY_DIR = "policy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignResult:
+    """Where a run left its results.
+
+    Attributes:
+        directory: of the run.
+        checkpoint: plain HF or PEFT directory of the trained policy.
+        report: HTML file.
+        comparison: safety and over-refusal before and after.
+        drift: rank change against distribution drift.
+        seconds: wall seconds by phase.
+        table: the comparison for a terminal.
+    """
+
+    directory: Path
+    checkpoint: Path
+    report: Path
+    comparison: SafetyComparison
+    drift: DriftReport
+    seconds: Mapping[str, float]
+    table: str
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """One method per phase; each returns what the next ones need and is skipped when its manifest is there."""
+
+    config: RunConfig
+    run: Run
+    model: str
+
+    def ingest(self) -> tuple[Path, dict[str, Any]]:
+        """Rows to tokenized, split, deduplicated pairs."""
+        data, seed = self.config.data, self.config.run.seed
+        key = {
+            "data": data.model_dump(exclude={"path", "max_bad_fraction"}),
+            "source": source_state(data.path),
+            "tokenizer": tokenizer_fingerprint(self.model),
+            "seed": seed,
+        }
+
+        def work(directory: Path) -> dict[str, Any]:
+            result = run_ingest(
+                data.path,
+                config=data,
+                model_path=self.model,
+                output_dir=directory,
+                seed=seed,
+                trust_remote_code=self.config.policy.trust_remote_code,
+            )
+            return {**asdict(result.counts), "fingerprint": pairs_fingerprint(result.dataset)}
+
+        return self.run.phase("ingest", key, work)
+
+    def features(self, ingest: Path, fingerprint: str) -> tuple[Path, str]:
+        """Hidden states and reference log-probs, from the cache when it has them."""
+        config = self.config
+        key = features_key(
+            config=config.features,
+            policy=config.policy,
+            model_path=self.model,
+            data_fingerprint=fingerprint,
+        )
+        cache = self.run.directory.parent / "cache" / f"features-{digest(key)}"
+
+        def work(_: Path) -> dict[str, Any]:
+            is_reused = cache.exists()
+            run_features(
+                read_pairs(ingest),
+                config=config.features,
+                policy=config.policy,
+                model_path=self.model,
+                output_dir=cache,
+                data_fingerprint=fingerprint,
+            )
+            return {"cache": str(cache), "is_reused": is_reused}
+
+        self.run.phase("features", key, work)
+        return cache, digest(key)
+
+    def reward(self, features: Path, features_digest: str) -> tuple[Path, dict[str, Any]]:
+        """Hybrid heads, out of fold, judged on the test split."""
+        config = self.config
+        key = {
+            "features": features_digest,
+            "reward": config.reward.model_dump(),
+            "confidence": config.confidence.model_dump(include={"alpha", "center", "squash", "temperature"}),
+            "seed": config.run.seed,
+        }
+
+        def work(directory: Path) -> dict[str, Any]:
+            fitted = fit_reward(
+                read_features(features), config=config.reward, confidence=config.confidence, seed=config.run.seed
+            )
+            fitted.save(directory)
+            return fitted.metrics
+
+        return self.run.phase("reward", key, work)
+
+    def rank(self, features: Path, reward: Path, reward_key: str) -> tuple[Path, dict[str, Any]]:
+        """A label confidence for every pair."""
+        key = {"reward": reward_key, "confidence": self.config.confidence.model_dump()}
+
+        def work(directory: Path) -> dict[str, Any]:
+            ranked = rank_pairs(
+                read_features(features), reward=FittedReward.load(reward), confidence=self.config.confidence
+            )
+            pairs = directory / "ranked"
+            shutil.rmtree(pairs, ignore_errors=True)
+            ranked.write_parquet(str(pairs))
+            table = pq.read_table(pairs, columns=["split", "label_confidence"], filters=[("split", "=", "train")])
+            return confidence_facts(table["label_confidence"].to_numpy())
+
+        directory, facts = self.run.phase("rank", key, work)
+        return directory / "ranked", facts
+
+    def train(self, ranked: Path, rank_key: str, reward: Path) -> tuple[Path, dict[str, Any]]:
+        """The off-policy trainer; the phase directory is Ray Train's experiment directory."""
+        config = self.config
+        idle = idle_keys(config)
+        key = {
+            "ranked": rank_key,
+            "model": model_fingerprint(self.model),
+            "seed": config.run.seed,
+            **{
+                f"{section}.{name}": value
+                for section in ("policy", "train", "confidence")
+                for name, value in getattr(config, section).model_dump().items()
+                if f"{section}.{name}" not in idle and f"{section}.{name}" != "policy.model"
+            },
+        }
+
+        def work(directory: Path) -> dict[str, Any]:
+            with track_run(config, self.run.directory, directory / METRICS_FILE):
+                result = run_training(
+                    ranked,
+                    config=config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}),
+                    model_path=self.model,
+                    storage_path=directory.parent,
+                    name=directory.name,
+                    heads=reward,
+                )
+            return {"checkpoint": str(Path(result.checkpoint.path) / POLICY_DIR), "metrics": result.metrics}
+
+        _, facts = self.run.phase("train", key, work)
+        link = self.run.directory / "checkpoint"
+        if not link.is_symlink():
+            link.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory, walk_up=False))
+        return Path(facts["checkpoint"]), facts
+
+    def evaluate(self, checkpoint: Path, ingest: Path, reward: Path) -> tuple[Path, dict[str, Any]]:
+        """Answers before and after, judged; and the drift check on held-out prompts."""
+        config = self.config
+        options = actor_options(config)
+        key = {
+            "before": model_fingerprint(self.model),
+            "after": model_fingerprint(checkpoint),
+            "evaluate": config.evaluate.model_dump(),
+            "seed": config.run.seed,
+        }
+        layers = resolve_layers(config.features.layers, load_config(self.model).num_hidden_layers)
+
+        def work(directory: Path) -> dict[str, Any]:
+            evaluations = evaluate_models(
+                {"before": self.model, "after": checkpoint},
+                config=config.evaluate,
+                seed=config.run.seed,
+                options=options,
+                make_reward_fn=functools.partial(make_reward_scorer, self.model, str(reward), layers),
+            )
+            save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
+            drift = check_drift(
+                self.model,
+                checkpoint,
+                held_out_prompts(ingest, config.evaluate.drift_prompts),
+                config=config.evaluate,
+                seed=config.run.seed,
+                options=options,
+            )
+            save_drift(directory / DRIFT_FILE, drift)
+            before = evaluations["before"]
+            return {"judge": asdict(before.judge), "refusal_detector": asdict(before.refusal_detector)}
+
+        return self.run.phase("evaluate", key, work)
+
+
+def align(config: RunConfig) -> AlignResult:
+    """Run the main job on the Ray cluster that is initialised.
+
+    Raises:
+        RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
+    """
+    from raylign.runtime.reporting import write_report
+
+    model = resolve_model(config.policy.model)
+    check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _node_resources())
+    run = open_run(config)
+    phases = _Phases(config, run, model)
+    ingest, ingest_facts = phases.ingest()
+    features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])
+    reward, reward_facts = phases.reward(features, features_digest)
+    reward_key = digest([features_digest, reward_facts])
+    ranked, rank_facts = phases.rank(features, reward, reward_key)
+    checkpoint, train_facts = phases.train(ranked, digest([reward_key, rank_facts]), reward)
+    _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward)
+    report = write_report(
+        config,
+        run,
+        facts={
+            "ingest": ingest_facts,
+            "reward": reward_facts,
+            "rank": rank_facts,
+            "train": train_facts,
+            "evaluate": evaluation_facts,
+        },
+        checkpoint=checkpoint,
+    )
+    return AlignResult(
+        directory=run.directory,
+        checkpoint=checkpoint,
+        report=report.html,
+        comparison=report.comparison,
+        drift=report.drift,
+        seconds=run.seconds,
+        table=report.table,
+    )
+
+
+def actor_options(config: RunConfig) -> ActorOptions:
+    """Evaluation actors: as many as asked for, each as large as a feature actor."""
+    return ActorOptions(
+        num_actors=config.evaluate.num_actors,
+        num_cpus=config.features.cpus_per_actor,
+        num_gpus=config.features.gpus_per_actor,
+        dtype=config.policy.dtype,
+        trust_remote_code=config.policy.trust_remote_code,
+    )
+
+
+def held_out_prompts(ingest: Path, num: int) -> list[list[Message]]:
+    """The first `num` distinct test prompts in the order of their keys, which are hashes."""
+    rows = ray.data.read_parquet(
+        [str(file) for file in sorted((ingest / PAIRS_DIR).glob("*.parquet"))],
+        columns=["prompt_key", "split", "prompt"],
+    )
+    found: dict[str, list[Message]] = {}
+    for row in rows.iter_rows():
+        if row["split"] == "test":
+            found.setdefault(row["prompt_key"], [Message(**turn) for turn in row["prompt"]])
+    return [found[key] for key in sorted(found)[:num]]
+
+
+def _node_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
