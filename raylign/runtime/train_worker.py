@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 
 from raylign.config import RunConfig, idle_keys
-from raylign.errors import RaylignError
+from raylign.errors import RaylignError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from raylign.training.state import TrainerState
     from raylign.training.table import PairTable
     from raylign.training.world import World
+
+PAIRS = "pairs"  # the entry of a checkpoint's identity that only workers can tell
 
 # Settings that may change between a run and its continuation: they move cost and floating-point order, not the method.
 FREE_KEYS = frozenset(
@@ -51,7 +53,7 @@ class WorkerTask:
         config: of the run.
         pairs: directory of parquet files with ranked pairs.
         model: directory of the policy before training.
-        model_fingerprint: of that directory.
+        identity: what checkpoints belong to, see `run_identity`.
         reward: directory of the reward phase, None unless confidence.source=live.
         metrics: file that the first worker appends records to.
     """
@@ -59,30 +61,36 @@ class WorkerTask:
     config: RunConfig
     pairs: str
     model: str
-    model_fingerprint: str
+    identity: dict[str, Any]
     reward: str | None
     metrics: str
 
 
-def train_worker(loop_config: Mapping[str, Any]) -> dict[str, float]:
-    """Train function of Ray Train: the last metric record, on every worker.
+def train_worker(loop_config: Mapping[str, Any]) -> TrainingError | None:
+    """Train function of Ray Train.
 
     Args:
         loop_config: {"task": WorkerTask}.
 
+    Returns:
+        The error that ended training on all workers at the same update, where a restart would only repeat it; None
+        when training is done.
+
     Raises:
-        RaylignError: with the rank in its message; Ray restarts the workers up to train.max_failures times.
+        RaylignError: any other error; Ray restarts the workers up to train.max_failures times.
     """
     context = ray.train.get_context()
     try:
-        return _train(loop_config["task"])
+        _train(loop_config["task"])
     except RaylignError as error:
-        if len(error.args) == 1:
-            error.args = (f"training worker {context.get_world_rank()} of {context.get_world_size()}: {error}",)
+        error.args = (f"training worker {context.get_world_rank()} of {context.get_world_size()}: {error}",)
+        if isinstance(error, TrainingError):
+            return error
         raise
+    return None
 
 
-def _train(task: WorkerTask) -> dict[str, float]:
+def _train(task: WorkerTask) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -104,7 +112,7 @@ def _train(task: WorkerTask) -> dict[str, float]:
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
     )
-    identity = run_identity(config, table=table, model_fingerprint=task.model_fingerprint)
+    identity = task.identity | {PAIRS: table.fingerprint}
     reporter = _Reporter(task, world, identity)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -116,11 +124,12 @@ def _train(task: WorkerTask) -> dict[str, float]:
             state, packing = build_state(task, table, order, world, checkpoint=directory)
             load_training(directory, state)
     reporter.start(state.update)
-    return train_offline(
+    train_offline(
         state,
         table,
         order,
         settings=config.train,
+        confidence=config.confidence,
         packing=packing,
         seed=config.run.seed,
         world=world,
@@ -258,11 +267,17 @@ def build_live_confidence(
     )
 
 
-def run_identity(config: RunConfig, *, table: PairTable, model_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint belongs to: everything that decides the weights, by dotted config key."""
-    sections = ["policy", "train", "confidence"]
-    if config.train.objective == "label_confidence" and config.confidence.source == "live":
-        sections += ["reward", "features"]
+def run_identity(config: RunConfig, *, model: str | Path, reward: str | Path | None) -> dict[str, Any]:
+    """What a checkpoint belongs to, the pairs apart: everything that decides the weights, by dotted config key.
+
+    Args:
+        config: of the run.
+        model: directory of the policy before training; its bytes count.
+        reward: directory of the reward phase, or None.
+    """
+    from raylign.models.loading import model_fingerprint
+
+    sections = ["policy", "train", "confidence", *(["reward", "features"] if reward is not None else [])]
     idle = idle_keys(config)
     identity: dict[str, Any] = {
         f"{section}.{name}": value
@@ -270,7 +285,8 @@ def run_identity(config: RunConfig, *, table: PairTable, model_fingerprint: str)
         for name, value in getattr(config, section).model_dump().items()
         if f"{section}.{name}" not in idle and f"{section}.{name}" not in FREE_KEYS
     }
-    return identity | {"run.seed": config.run.seed, "model": model_fingerprint, "pairs": table.fingerprint}
+    heads = {} if reward is None else {"heads": model_fingerprint(reward)}
+    return identity | heads | {"run.seed": config.run.seed, "model": model_fingerprint(model)}
 
 
 def _world(config: RunConfig) -> World:

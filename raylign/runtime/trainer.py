@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -18,7 +18,7 @@ from raylign.config import RunConfig
 from raylign.errors import ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.resources import ResourcePlan, check_demand
-from raylign.runtime.train_worker import WorkerTask, train_worker
+from raylign.runtime.train_worker import PAIRS, WorkerTask, run_identity, train_worker
 
 if TYPE_CHECKING:
     import ray.data
@@ -64,24 +64,23 @@ def run_training(
         CheckpointError: the checkpoint to resume from is damaged or of another run.
         TrainingError: the loss is not finite, or workers failed more than `train.max_failures` times.
     """
-    from raylign.models.loading import model_fingerprint
-
     plan = ResourcePlan.from_config(config)
     check_demand(plan.training, ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
     if is_live and heads is None:
         raise ConfigError("confidence.source=live needs the directory of the reward phase (argument heads)")
     directory = Path(storage_path).expanduser().absolute() / name
-    if (directory / _SNAPSHOT).exists() and not config.run.resume:
-        raise OutputExistsError(f"{directory} holds a training; continue it with run.resume=true or use another name")
+    reward = str(Path(heads).absolute()) if is_live and heads is not None else None
+    identity = run_identity(config, model=model_path, reward=reward)
+    _check_resume(directory, config, identity)
     directory.mkdir(parents=True, exist_ok=True)
     pairs = _materialise(ranked, directory)
     task = WorkerTask(
         config=config,
         pairs=str(pairs),
         model=str(Path(model_path).absolute()),
-        model_fingerprint=model_fingerprint(model_path),
-        reward=str(Path(heads).absolute()) if is_live and heads is not None else None,
+        identity=identity,
+        reward=reward,
         metrics=str(directory / METRICS_FILE),
     )
     trainer = TorchTrainer(
@@ -104,9 +103,12 @@ def run_training(
         _progress(directory / METRICS_FILE, _num_updates(config, pairs)),
     ):
         try:
-            return trainer.fit()
+            result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
             raise explain_failure(failure, config) from failure
+    if isinstance(result.return_value, TrainingError):
+        raise result.return_value
+    return result
 
 
 def explain_failure(failure: ray.train.TrainingFailedError, config: RunConfig) -> RaylignError:
@@ -139,6 +141,19 @@ def explain_failure(failure: ray.train.TrainingFailedError, config: RunConfig) -
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _check_resume(directory: Path, config: RunConfig, identity: Mapping[str, Any]) -> None:
+    """Fail before workers start, and restart, over what can be told from here."""
+    if not (directory / _SNAPSHOT).exists():
+        return
+    if not config.run.resume:
+        raise OutputExistsError(f"{directory} holds a training; continue it with run.resume=true or use another name")
+    from raylign.training.state import check_checkpoint
+
+    checkpoint = ray.train.Result.from_path(directory).checkpoint
+    if checkpoint is not None:
+        check_checkpoint(Path(checkpoint.path), identity, unknown=[PAIRS])
 
 
 def _scaling(config: RunConfig) -> ray.train.ScalingConfig:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from raylign.config import TrainSection
+from raylign.config import ConfidenceSection, TrainSection
 from raylign.training.micro_batches import Packing
 from raylign.training.offline import offline_update
 from raylign.training.order import DataOrder
 from raylign.training.state import TrainerState
-from raylign.training.table import PairTable
+from raylign.training.table import PairTable, with_batch_level
 from raylign.training.world import World
 
 RecordCallback = Callable[[dict[str, float]], None]
@@ -22,6 +22,7 @@ def train_offline(
     order: DataOrder,
     *,
     settings: TrainSection,
+    confidence: ConfidenceSection,
     packing: Packing,
     seed: int,
     world: World | None = None,
@@ -35,6 +36,7 @@ def train_offline(
         table: training pairs, the same on every worker.
         order: which pairs each update sees.
         settings: objective, optimiser constants, and how often to record and to checkpoint.
+        confidence: level and floor of a gamma that comes from the data.
         packing: how micro-batches are cut.
         seed: of the run.
         world: this worker.
@@ -52,11 +54,14 @@ def train_offline(
     num_updates = order.num_updates
     state.window.restart_clock()
     while state.update < num_updates:
+        batch = table.batch(order.batch(state.update))
+        if state.live is None and confidence.level == "batch":
+            batch = with_batch_level(batch, floor=confidence.floor)
         summary = offline_update(
             state.policy,
             state.optimizer,
             state.scheduler,
-            table.batch(order.batch(state.update)),
+            batch,
             update=state.update,
             settings=settings,
             packing=packing,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,13 @@ def save_checkpoint(
     (directory / _STATE / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def check_checkpoint(directory: Path, identity: Mapping[str, Any]) -> None:
+def check_checkpoint(directory: Path, identity: Mapping[str, Any], *, unknown: Collection[str] = ()) -> None:
     """Make sure that a checkpoint is whole and belongs to this run, before a model is loaded from it.
+
+    Args:
+        directory: of the checkpoint.
+        identity: as given to `save_checkpoint`.
+        unknown: names in it that the caller cannot tell and that are not compared.
 
     Raises:
         CheckpointError: naming what is missing, damaged or different, and the cure.
@@ -130,7 +135,8 @@ def check_checkpoint(directory: Path, identity: Mapping[str, Any]) -> None:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise CheckpointError(f"{directory}: {name} {state}; {_CURE}")
-    _check_identity(directory, record["identity"], json.loads(json.dumps(dict(identity))))
+    have, want = record["identity"], json.loads(json.dumps(dict(identity)))
+    _check_identity(directory, *({k: v for k, v in facts.items() if k not in unknown} for facts in (have, want)))
 
 
 def load_training(directory: Path, state: TrainerState) -> None:
