@@ -1,0 +1,168 @@
+"""What a report says, as plain values: the one input of the HTML report, `report.json` and the model card.
+
+A value that was not measured is a `NotMeasured` with its reason, never a guess and never a blank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylign.types import Completion, Interval
+
+if TYPE_CHECKING:
+    from raylign.evaluation.drift import DriftReport
+    from raylign.evaluation.judges import SignCheck
+    from raylign.evaluation.refusal import RefusalValidation
+    from raylign.evaluation.safety import SafetyComparison
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotMeasured:
+    """Stands where a measurement would; prints as "not measured: <reason>"."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not measured: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPoint:
+    """The linear probe of one layer on held-out pairs.
+
+    Attributes:
+        layer: transformer layer, from 1.
+        pair_accuracy: share of pairs with r(chosen) > r(rejected).
+        calibration_error: expected calibration error of its preference probability.
+    """
+
+    layer: int
+    pair_accuracy: float
+    calibration_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardQuality:
+    """The hybrid reward, judged on pairs it never saw.
+
+    Attributes:
+        test_accuracy: share of test pairs ordered as their label says.
+        out_of_fold_accuracy: likewise on training pairs, each scored by a head that did not see its prompt.
+        test_ece: expected calibration error of the label confidence on test pairs.
+        test_brier: mean squared error of the label confidence on test pairs; 0.25 is a coin.
+        num_train_pairs: pairs the heads were fitted on.
+        num_test_pairs: pairs of the two test numbers.
+        layers: probe of every layer alone, by layer.
+    """
+
+    test_accuracy: Interval
+    out_of_fold_accuracy: float
+    test_ece: float
+    test_brier: float
+    num_train_pairs: int
+    num_test_pairs: int
+    layers: tuple[LayerPoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfidenceFacts:
+    """Label confidence of the training pairs.
+
+    Attributes:
+        num_pairs: pairs.
+        num_flips: pairs below one half, whose stored order the loss turns round.
+        mean: mean confidence.
+        histogram: pairs per bin, K of them.
+        edges: K + 1 bin edges from 0 to 1.
+    """
+
+    num_pairs: int
+    num_flips: int
+    mean: float
+    histogram: tuple[int, ...]
+    edges: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """Everything the report of one run shows.
+
+    Attributes:
+        run_name: `run.name`.
+        base_model: the model before training, as configured.
+        dataset: the preference data, as configured.
+        objective: loss over pairs.
+        is_adapter: the result is a PEFT adapter, not a full model.
+        comparison: safety, over-refusal and degenerate answers before and after.
+        before: judged answers of the reference.
+        after: judged answers of the trained policy to the same prompts, in the same order.
+        judge_name: the judge, as configured.
+        judge: how it ranks human-labelled answers.
+        refusal_detector: the detector against human labels it was not written on.
+        drift: check of the hypothesis behind re-ranking.
+        reward: quality of the reward.
+        confidence: label confidence of the training pairs.
+        training: records of `metrics.jsonl`, in order.
+        data_counts: rows by what became of them, for example {"read": 7000, "train": 5400}.
+        quarantine: unusable rows by reason.
+        seconds: wall seconds by phase, in order.
+        config_yaml: the resolved configuration.
+        versions: installed packages that results depend on.
+        git_commit: commit of the working directory, None outside a repository.
+        license_note: what the weights and data allow.
+    """
+
+    run_name: str
+    base_model: str
+    dataset: str
+    objective: str
+    is_adapter: bool
+    comparison: SafetyComparison
+    before: Sequence[Completion]
+    after: Sequence[Completion]
+    judge_name: str
+    judge: SignCheck
+    refusal_detector: RefusalValidation
+    drift: DriftReport | NotMeasured
+    reward: RewardQuality | NotMeasured
+    confidence: ConfidenceFacts | NotMeasured
+    training: Sequence[Mapping[str, float]]
+    data_counts: Mapping[str, int]
+    quarantine: Mapping[str, int]
+    seconds: Mapping[str, float]
+    config_yaml: str
+    versions: Mapping[str, str]
+    git_commit: str | None
+    license_note: str
+
+
+def report_json(data: ReportData) -> dict[str, Any]:
+    """The content of `report.json`: the same numbers as the HTML, without the answers' texts.
+
+    Values that are nan or infinite become null; `NotMeasured` becomes {"not_measured": reason}.
+    """
+    texts = {"before", "after"}
+    content = {
+        field.name: to_plain(getattr(data, field.name)) for field in dataclasses.fields(data) if field.name not in texts
+    }
+    content["num_completions"] = {"before": len(data.before), "after": len(data.after)}
+    return content
+
+
+def to_plain(value: Any) -> Any:
+    """JSON-like copy of dataclasses, mappings and sequences; a float that is not finite becomes None."""
+    if isinstance(value, NotMeasured):
+        return {"not_measured": value.reason}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
