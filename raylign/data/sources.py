@@ -64,7 +64,7 @@ def list_files(path: str) -> list[str]:
         raise DataError(f"data.path={path} names no file system that fsspec can open: {error}") from error
     try:
         sizes = _find(filesystem, root)
-    except OSError as error:
+    except Exception as error:  # remote file systems raise the errors of their transports, which share no base
         raise DataNotFoundError(
             f"data.path={path} cannot be listed: {error}. Check the spelling, the network, and for a private data set "
             "the access token in the environment"
@@ -107,11 +107,11 @@ def read_lines(path: str) -> Iterator[RawLine]:
     """
     try:
         yield from _read_parquet(path) if path.endswith(_PARQUET) else _read_text(path)
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataNotFoundError(f"data file {path} does not exist; check data.path") from error
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except Exception as error:  # remote file systems and decompressors share no base of their errors
         raise DataError(
             f"data file {path} cannot be read: {error}. Is it complete, and named by its format?"
         ) from error
