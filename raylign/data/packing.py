@@ -81,15 +81,15 @@ def pack_pairs(
     """
     if not pairs:
         raise DataError("pack_pairs needs at least one pair, got none")
-    for position, pair in enumerate(pairs):
+    index = list(range(len(pairs))) if pair_index is None else list(pair_index)
+    if len(index) != len(pairs):
+        raise ShapeError(f"pair_index has {len(index)} entries for {len(pairs)} pairs")
+    for position, pair in zip(index, pairs, strict=True):
         if not (len(pair.prompt_ids) and len(pair.chosen_ids) and len(pair.rejected_ids)):
             raise DataError(
                 f"pair {position} has {len(pair.prompt_ids)} prompt, {len(pair.chosen_ids)} chosen and "
                 f"{len(pair.rejected_ids)} rejected tokens; each must have at least one"
             )
-    index = list(range(len(pairs))) if pair_index is None else list(pair_index)
-    if len(index) != len(pairs):
-        raise ShapeError(f"pair_index has {len(index)} entries for {len(pairs)} pairs")
 
     items = [item for pair in pairs for item in _items(pair, layout)]
     lengths = [item.length for item in items]
