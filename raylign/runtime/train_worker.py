@@ -18,8 +18,6 @@ from raylign.config import RunConfig, idle_keys
 from raylign.errors import RaylignError, TrainingError
 
 if TYPE_CHECKING:
-    import torch
-
     from raylign.models.forward import PolicyForward
     from raylign.training.live_confidence import LiveConfidence
     from raylign.training.micro_batches import Packing
@@ -158,6 +156,7 @@ def build_state(
     from raylign.training.metrics import MetricWindow
     from raylign.training.micro_batches import Packing
     from raylign.training.optim import build_optimizer, build_scheduler
+    from raylign.training.parallel import distribute
     from raylign.training.state import TrainerState
 
     train = task.config.train
@@ -169,7 +168,7 @@ def build_state(
         batch_tokens=train.batch_tokens,
     )
     live = build_live_confidence(task, table, packing, world, num_layers=policy.num_layers)
-    module = distribute(policy, task.config, world)
+    module = distribute(policy, parallel=train.parallel, world=world)
     optimizer = build_optimizer(module, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
     scheduler = build_scheduler(
         optimizer, schedule=train.schedule, num_updates=order.num_updates, warmup_fraction=train.warmup_fraction
@@ -205,27 +204,6 @@ def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | No
     if checkpoint is not None and is_lora:
         restore_adapter(checkpoint, model)
     return PolicyForward(model, autocast_dtype=compute if compute != torch.float32 else None)
-
-
-def distribute(policy: PolicyForward, config: RunConfig, world: World) -> torch.nn.Module:
-    """Put the policy on the worker's device, replicated (DDP) or sharded layer by layer (FSDP2)."""
-    import torch
-    from torch.nn.parallel import DistributedDataParallel
-
-    if config.train.parallel == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(world.device.type, (world.size,))
-        precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
-        for layer in policy.decoder_layers():
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        return fully_shard(policy, mesh=mesh, mp_policy=precision)
-    policy = policy.to(world.device)
-    if world.size == 1:
-        return policy
-    # Buffers (rotary frequencies) are constants and alike on all workers.
-    return DistributedDataParallel(policy, broadcast_buffers=False)
 
 
 def build_live_confidence(

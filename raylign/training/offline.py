@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from raylign.config import TrainSection
@@ -202,7 +203,7 @@ def _seeded(seed: int, update: int, world: World) -> Iterator[None]:
 @contextmanager
 def _gradient_sync(policy: nn.Module, *, is_last: bool) -> Iterator[None]:
     """Communicate gradients with the last micro-batch only."""
-    if hasattr(policy, "set_requires_gradient_sync"):  # FSDP2
+    if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(is_last)
     with policy.no_sync() if isinstance(policy, DistributedDataParallel) and not is_last else nullcontext():
         yield

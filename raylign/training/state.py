@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from raylign.errors import CheckpointError
 from raylign.training.live_confidence import LiveConfidence
 from raylign.training.metrics import MetricWindow
+from raylign.training.parallel import is_sharded, unwrap
 from raylign.training.world import World
 
 SCHEMA = 1
@@ -49,7 +50,7 @@ class TrainerState:
     """Everything that changes while a policy trains.
 
     Attributes:
-        policy: `PolicyForward`, plain or wrapped; see `unwrap`.
+        policy: `PolicyForward`, plain or wrapped in DDP or FSDP2.
         optimizer: over its trainable parameters.
         scheduler: of the optimizer.
         window: metric sums since the last record.
@@ -63,11 +64,6 @@ class TrainerState:
     window: MetricWindow
     live: LiveConfidence | None = None
     update: int = 0
-
-
-def unwrap(policy: nn.Module) -> nn.Module:
-    """The `PolicyForward` inside DDP; FSDP2 changes modules in place and needs no unwrapping."""
-    return policy.module if isinstance(policy, nn.parallel.DistributedDataParallel) else policy
 
 
 def save_checkpoint(
@@ -85,7 +81,7 @@ def save_checkpoint(
     world = world or World()
     # Both are collectives for a sharded policy.
     optimizer_state = get_optimizer_state_dict(state.policy, state.optimizer, options=_FULL)
-    weights = _full_weights(state.policy) if _is_sharded(state.policy) else None
+    weights = _full_weights(state.policy) if is_sharded(state.policy) else None
     if world.rank != 0:
         return
     (directory / _STATE).mkdir(parents=True, exist_ok=True)
@@ -181,17 +177,17 @@ def restore_adapter(directory: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{file} holds {result.unexpected_keys[0]}, which the model lacks; {_CURE}")
 
 
-def _is_sharded(policy: nn.Module) -> bool:
-    return hasattr(policy, "set_requires_gradient_sync")
-
-
 def _full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
     """Whole tensors of the model inside `PolicyForward`, by its own names, on the CPU; empty but on the first rank."""
     model = unwrap(policy).model
     is_adapter = hasattr(model, "get_base_model")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
     weights = get_model_state_dict(policy, options=options)
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    # Gathering copies a tied matrix once per name, which hides from transformers that one file entry is enough.
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    return {name: tensor for name, tensor in named.items() if name not in tied}
 
 
 _CURE = "remove this checkpoint so that the run continues from an older one, or start under a new run.name"
