@@ -14,6 +14,7 @@ from launch.asset_corpus import Messages, hash_share
 from launch.asset_tokens import document_rows
 from raylign.errors import DataError
 from raylign.evaluation.generation import generate_responses
+from raylign.evaluation.metrics import auroc
 from raylign.evaluation.prompts import EvaluationPrompt
 from raylign.evaluation.refusal import is_refusal
 from raylign.training.classifier import predict_in_order
@@ -37,22 +38,7 @@ def judge_metrics(logits: Tensor, labels: Tensor, sources: Sequence[str]) -> dic
     return {name: _binary_metrics(z[mask], y[mask]) for name, mask in groups.items()}
 
 
-def area_under_roc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a positive outscores a negative, ties counting half; NaN where a class is missing.
-
-    Args:
-        scores: shape (N,).
-        labels: 1 or 0, shape (N,).
-    """
-    positive, negative = scores[labels == 1], np.sort(scores[labels == 0])
-    if not len(positive) or not len(negative):
-        return float("nan")
-    below = np.searchsorted(negative, positive, side="left")
-    not_above = np.searchsorted(negative, positive, side="right")
-    return float((below + not_above).sum() / (2 * len(positive) * len(negative)))
-
-
-def expected_calibration_error(probability: np.ndarray, labels: np.ndarray, *, num_bins: int = 10) -> float:
+def binary_calibration_error(probability: np.ndarray, labels: np.ndarray, *, num_bins: int = 10) -> float:
     """Mean gap between stated probability and frequency over equal-width bins, weighted by bin size.
 
     Args:
@@ -228,8 +214,8 @@ def _binary_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {
         "num_rows": len(labels),
         "unsafe_share": float(is_unsafe.mean()),
-        "auc": area_under_roc(logits, labels),
+        "auc": auroc(logits[is_unsafe], logits[~is_unsafe]),
         "accuracy": float((called == is_unsafe).mean()),
         "balanced_accuracy": sum(recalls) / 2,
-        "ece": expected_calibration_error(1 / (1 + np.exp(-logits)), labels),
+        "ece": binary_calibration_error(1 / (1 + np.exp(-logits)), labels),
     }
