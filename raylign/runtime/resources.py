@@ -96,7 +96,7 @@ def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] 
     """
     for resource in ("CPU", "GPU"):
         asked, there = demand.total(resource), cluster.get(resource, 0.0)
-        if asked > there:
+        if asked > there + 1e-9:
             each = asked / demand.num_actors
             raise ResourceError(
                 f"{demand.num_actors} {demand.role}(s) x {each:g} {resource} ask for {asked:g} {resource}, the cluster "

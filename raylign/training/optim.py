@@ -22,13 +22,11 @@ def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: flo
         Optimizer with the moments of Adam at (0.9, 0.999), the field's default for preference tuning.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-    )
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
 
 
 def build_scheduler(

@@ -87,17 +87,18 @@ class PairTable:
         )
         self._fold = _numbers(table, "fold", np.int64, default=-1)
         self._weight = _numbers(table, "weight", np.float32, default=1)
-        digest = hashlib.blake2b(digest_size=8)
-        for name in table.column_names:
-            digest.update(name.encode())
-        for row_id in table["row_id"].to_pylist():
-            digest.update(f"\0{row_id}".encode())
+        self.fingerprint = self._digest(table["row_id"].to_pylist())
+
+    def _digest(self, row_ids: Sequence[str]) -> str:
+        """Hash over everything that training reads."""
+        digest = hashlib.blake2b("\0".join(row_ids).encode(), digest_size=8)
         for values, offsets in self._tokens.values():
             digest.update(values.tobytes())
             digest.update(offsets.tobytes())
-        for column in (self._ref_chosen_logps, self._ref_rejected_logps, self._label_confidence, self._weight):
-            digest.update(b"" if column is None else column.tobytes())
-        self.fingerprint = digest.hexdigest()
+        numbers = (self._ref_chosen_logps, self._ref_rejected_logps, self._fold, self._weight, self._label_confidence)
+        for column in numbers:
+            digest.update(b"absent" if column is None else column.tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._weight)
