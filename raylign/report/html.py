@@ -19,6 +19,7 @@ from raylign.report.wording import (
     format_number,
     is_significant,
     judge_outcome,
+    shown_name,
 )
 from raylign.types import Completion, Interval
 
@@ -61,10 +62,10 @@ def _headline(data: ReportData, verdict: Verdict) -> str:
         f"<header><p class='kicker'>raylign run {escape(data.run_name)}</p>"
         f"<h1 class='{css}'>{escape(verdict.headline)}</h1>"
         f"<ul>{''.join(f'<li>{escape(reason)}</li>' for reason in verdict.reasons)}</ul>"
-        f"<p class='meta'>{escape(data.objective)} on {escape(data.dataset)}, "
-        f"{'LoRA adapter' if data.is_adapter else 'all weights'} of {escape(data.base_model)}, "
-        f"judged by {escape(data.judge_name)}. The judge is a model: these are its verdicts, not a guarantee.</p>"
-        "</header>"
+        f"<p class='meta'>Objective {escape(data.objective)} on {escape(shown_name(data.dataset, 'data'))}; "
+        f"{'LoRA adapter' if data.is_adapter else 'all weights'} of {escape(shown_name(data.base_model, 'model'))}; "
+        f"judged by {escape(shown_name(data.judge_name, 'judge'))}. The judge is a model: these are its verdicts, "
+        "not a guarantee.</p></header>"
     )
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from raylign.config import EMBEDDED
 from raylign.report.data import NotMeasured, ReportData
-from raylign.report.wording import METRIC_ROWS, format_interval, format_number, judge_outcome
+from raylign.report.wording import METRIC_ROWS, format_interval, format_number, judge_outcome, shown_name
 
 
 def render_model_card(data: ReportData) -> str:
@@ -19,14 +19,14 @@ def render_model_card(data: ReportData) -> str:
     parts = [
         f"---\n{_front_matter(data)}---",
         f"# {data.run_name}",
-        f"{'LoRA adapter for' if data.is_adapter else 'Fine-tuned from'} {_code(data.base_model)} on "
-        f"{_code(data.dataset)} with raylign, objective {_code(data.objective)}.",
+        f"{'LoRA adapter for' if data.is_adapter else 'Fine-tuned from'} {_code(shown_name(data.base_model, 'model'))} "
+        f"on {_code(shown_name(data.dataset, 'data'))} with raylign, objective {_code(data.objective)}.",
         f"**{verdict.headline}**",
         "\n".join(f"* {reason}" for reason in verdict.reasons),
         "## Safety, before and after",
         _metrics_table(data),
-        f"Judge: {_code(data.judge_name)}; it ranks human-labelled unsafe answers above safe ones with AUROC "
-        f"{format_number(data.judge.auroc, 'logit')}. Refusals are found by rules, "
+        f"Judge: {_code(shown_name(data.judge_name, 'judge'))}; it ranks human-labelled unsafe answers above safe "
+        f"ones with AUROC {format_number(data.judge.auroc, 'logit')}. Refusals are found by rules, "
         f"{format_number(data.refusal_detector.accuracy, 'share')} accurate on held-out human labels. "
         "Intervals are 95 % bootstrap intervals over prompts; the change is paired by prompt.",
         "## Reward and drift",

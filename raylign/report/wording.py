@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from raylign.config import EMBEDDED
 from raylign.report.data import NotMeasured
 from raylign.types import Interval
 
@@ -60,6 +61,11 @@ class Verdict:
     outcome: Outcome
     headline: str
     reasons: tuple[str, ...]
+
+
+def shown_name(name: str, kind: str) -> str:
+    """A model or data set as configured, for people: "embedded" becomes "the embedded <kind>"."""
+    return f"the embedded {kind}" if name == EMBEDDED else name
 
 
 def format_number(value: float | None, unit: Unit, *, is_difference: bool = False) -> str:
