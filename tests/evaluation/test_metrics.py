@@ -86,6 +86,8 @@ def test_ties_are_wrong_in_pair_accuracy():
 def test_calibration_error_by_hand():
     # .92 .92 share a bin with y = 1, .08 .08 with y = 0: four items, each .08 away; .52 and .48: .48 away.
     assert metrics.expected_calibration_error([0.92, 0.92, 0.52]) == pytest.approx((4 * 0.08 + 2 * 0.48) / 6)
+    # 0 and .04 share the first bin, .96 and 1 the last, each once with y = 1 and once with y = 0.
+    assert metrics.expected_calibration_error([0.0, 0.96]) == pytest.approx(2 * 0.96 / 4)
     assert metrics.expected_calibration_error([1.0]) == 0.0
     assert metrics.expected_calibration_error([0.0]) == 1.0
     assert math.isnan(metrics.expected_calibration_error([]))

@@ -126,6 +126,34 @@ def test_probes_move_iff_they_are_trained(train_probes):
     assert not any(parameter.requires_grad for parameter in fit.head.parameters())
 
 
+def test_one_batch_is_one_adamw_step_on_the_sum_of_both_losses():
+    """AdamW's first step is the sign of the gradient after the decay, whatever the gradient's size."""
+    chosen, rejected = simulate(40, 3, 4, strength=4.0)
+    options = {**OPTIONS, "batch_size": 40, "bce_weight": 0.3, "margin_target": 2.0, "weight_decay": 0.5}
+    fits = [
+        fit_hybrid(
+            chosen,
+            rejected,
+            valid_chosen=chosen,
+            valid_rejected=rejected,
+            generator=torch.Generator().manual_seed(0),
+            **{**options, "epochs": epochs, "learning_rate": 1e-4},
+        )
+        for epochs in (0, 1)
+    ]
+    start, moved = (fit.head for fit in fits)
+    assert [fit.best_epoch for fit in fits] == [0, 1]
+    start.requires_grad_(True)
+    chosen_reward, rejected_reward = start(chosen), start(rejected)
+    loss = torch.log1p(torch.exp(-(chosen_reward - rejected_reward - 2.0))).mean()
+    loss = loss + 0.3 * (torch.log1p(torch.exp(-chosen_reward)) + torch.log1p(torch.exp(rejected_reward))).mean()
+    loss.backward()
+    assert fits[1].history[1].train_loss == pytest.approx(loss.item(), rel=1e-5)
+    for before, after in zip(start.parameters(), moved.parameters(), strict=True):
+        by_hand = before.detach() * (1 - 1e-4 * 0.5) - 1e-4 * before.grad.sign()
+        torch.testing.assert_close(after.detach(), by_hand, rtol=0, atol=1e-6)
+
+
 def test_best_epoch_is_chosen_by_accuracy_then_loss_and_its_parameters_are_kept():
     chosen, rejected = simulate(60, 3, 8)
     fit = fitted(chosen, rejected, epochs=6, learning_rate=0.03)
