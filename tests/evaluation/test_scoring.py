@@ -37,10 +37,17 @@ def plain(model, prompt, response):
     return total, torch.stack([state[0, -1] for state in output.hidden_states[1:]])
 
 
+@pytest.mark.parametrize("batch_tokens", [12, 4096])
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
-def test_logps_and_states_equal_the_plain_forward(model, layout):
+def test_logps_and_states_equal_the_plain_forward(model, layout, batch_tokens):
     scored = score_responses(
-        PolicyForward(model), PROMPTS, RESPONSES, layout=layout, pad_token_id=0, batch_tokens=12, layers=(1, 3)
+        PolicyForward(model),
+        PROMPTS,
+        RESPONSES,
+        layout=layout,
+        pad_token_id=0,
+        batch_tokens=batch_tokens,
+        layers=(1, 3),
     )
     for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         logp, states = plain(model, prompt, response)
