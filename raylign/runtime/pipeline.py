@@ -189,7 +189,7 @@ class _Phases:
         _, facts = self.run.phase("train", key, work)
         link = self.run.directory / "checkpoint"
         if not link.is_symlink():
-            link.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory, walk_up=False))
+            link.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory))
         return Path(facts["checkpoint"]), facts
 
     def evaluate(self, checkpoint: Path, ingest: Path, reward: Path) -> tuple[Path, dict[str, Any]]:
