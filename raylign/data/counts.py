@@ -48,17 +48,15 @@ def check_usable(counts: IngestCounts, *, max_bad_fraction: float, source: str, 
     """Stop when there is nothing to train on, or when more was set aside than was allowed for.
 
     Args:
-        counts: of the whole data set.
+        counts: of the whole data set, at least one row.
         max_bad_fraction: allowed share of quarantined rows, in [0, 1].
         source: where the rows are from, for the message.
         quarantine_path: where the refused rows are listed.
 
     Raises:
-        DataError: no row at all, or no valid pair.
+        DataError: no valid pair.
         QuarantineLimitError: too many rows quarantined.
     """
-    if not counts.rows_read:
-        raise DataError(f"{source} holds no rows; expected preference pairs, one a line or row")
     reasons = ", ".join(f"{name} {number}" for name, number in _by_frequency(counts.quarantined)[:_NUM_REASONS_SHOWN])
     if not counts.used:
         raise DataError(

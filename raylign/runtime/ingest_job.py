@@ -90,9 +90,11 @@ def run_ingest(
     for directory in (task.staging, task.pairs):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
+    name = source if isinstance(source, str) else "the given Dataset"
     with _original_errors():
-        files = _locate(source, task)
-        staged = _stage(files, task)
+        staged = _stage(_locate(source, task), task)
+        if not staged:
+            raise DataError(f"{name} holds no rows; expected preference pairs, one a line or row")
         verdicts = _decide([record["part"] for record in staged], task, seed)
         finished = _finish(staged, verdicts, task)
     quarantine = output_dir / QUARANTINE_FILE
@@ -100,12 +102,7 @@ def run_ingest(
     shutil.rmtree(task.staging)
     counts = _count(staged, finished, verdicts)
     try:
-        check_usable(
-            counts,
-            max_bad_fraction=config.max_bad_fraction,
-            source=source if isinstance(source, str) else "the given Dataset",
-            quarantine_path=quarantine,
-        )
+        check_usable(counts, max_bad_fraction=config.max_bad_fraction, source=name, quarantine_path=quarantine)
     except DataError:
         shutil.rmtree(task.pairs)
         raise
