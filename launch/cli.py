@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,41 @@ def resolve(path: str | None, overrides: tuple[str, ...], print_config: bool) ->
     return config
 
 
+def connect(verbose: bool) -> None:
+    """Join the cluster of RAY_ADDRESS (set inside a Ray job) or the one running here, or start Ray on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        # Ray Data's actors make Ray's core print a false alarm to the terminal (ray issue 53727).
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import logging
+
+    import ray
+    import ray.data
+
+    ray.init(
+        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    if not verbose:
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @main.command()
 @config_options
-def align(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
+@click.option("--verbose", is_flag=True, help="Show Ray's own progress and the output of its workers.")
+def align(path: str | None, overrides: tuple[str, ...], print_config: bool, verbose: bool) -> None:
     """Run the main job: ingest, features, reward, rank, train, evaluate, report.
 
     Without arguments it aligns the embedded tiny model on the embedded data, offline, on two CPU cores.
     """
     config = resolve(path, overrides, print_config)
+    connect(verbose)
     from raylign.runtime.pipeline import align as run_align
 
     result = run_align(config)
@@ -104,11 +132,15 @@ def inspect_data(path: str | None, overrides: tuple[str, ...], print_config: boo
 @click.argument("checkpoint")
 @config_options
 def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
-    """Judge a HF or PEFT CHECKPOINT on safety and benign prompts; prints one table and JSON."""
+    """Judge a HF or PEFT CHECKPOINT on safety and benign prompts; prints JSON with intervals."""
     config = resolve(path, overrides, print_config)
-    from raylign.runtime.pipeline import evaluate_checkpoint
+    connect(verbose=False)
+    from raylign.report.data import to_plain
+    from raylign.runtime.api import evaluate as run_evaluation
 
-    click.echo(evaluate_checkpoint(checkpoint, config))
+    options = config.evaluate.model_dump()
+    result = run_evaluation(checkpoint, seed=config.run.seed, **options)
+    click.echo(json.dumps({"checkpoint": checkpoint, **to_plain(result.summary)}, indent=2))
 
 
 @main.command()

@@ -125,7 +125,7 @@ class ConfidenceSection(Section):
     center_decay: float = Field(0.99, ge=0, lt=1, description="decay of that mean, per update")
     squash: Literal["sigmoid", "none"] = Field("sigmoid", description="none is sigmoid(margin / temperature)")
     temperature: float | Literal["fitted"] = Field(
-        "fitted", description="reward units, for squash=none; 'fitted' is calibrated on the validation pairs"
+        "fitted", description="reward units, for squash=none; 'fitted' calibrates on out-of-fold pairs"
     )
     track: Literal["none", "anchor", "stored_order"] = Field(
         "none",

@@ -14,7 +14,6 @@ import ray
 import ray.data
 
 from raylign.config import RunConfig, idle_keys
-from raylign.evaluation.safety import SafetyComparison
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.runtime.evaluate_job import (
@@ -37,7 +36,7 @@ from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
 
 if TYPE_CHECKING:
-    from raylign.evaluation.drift import DriftReport
+    from raylign.report.data import ReportData
 
 POLICY_DIR = "policy"
 
@@ -50,8 +49,7 @@ class AlignResult:
         directory: of the run.
         checkpoint: plain HF or PEFT directory of the trained policy.
         report: HTML file.
-        comparison: safety and over-refusal before and after.
-        drift: rank change against distribution drift.
+        data: everything the report shows, such as safety and over-refusal before and after, and drift.
         seconds: wall seconds by phase.
         table: the comparison for a terminal.
     """
@@ -59,8 +57,7 @@ class AlignResult:
     directory: Path
     checkpoint: Path
     report: Path
-    comparison: SafetyComparison
-    drift: DriftReport
+    data: ReportData
     seconds: Mapping[str, float]
     table: str
 
@@ -72,6 +69,14 @@ class _Phases:
     config: RunConfig
     run: Run
     model: str
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Transformer layers of the features, from 1."""
+        trust = self.config.policy.trust_remote_code
+        return resolve_layers(
+            self.config.features.layers, load_config(self.model, trust_remote_code=trust).num_hidden_layers
+        )
 
     def ingest(self) -> tuple[Path, dict[str, Any]]:
         """Rows to tokenized, split, deduplicated pairs."""
@@ -202,7 +207,6 @@ class _Phases:
             "evaluate": config.evaluate.model_dump(),
             "seed": config.run.seed,
         }
-        layers = resolve_layers(config.features.layers, load_config(self.model).num_hidden_layers)
 
         def work(directory: Path) -> dict[str, Any]:
             evaluations = evaluate_models(
@@ -210,7 +214,7 @@ class _Phases:
                 config=config.evaluate,
                 seed=config.run.seed,
                 options=options,
-                make_reward_fn=functools.partial(make_reward_scorer, self.model, str(reward), layers),
+                make_reward_fn=functools.partial(make_reward_scorer, self.model, str(reward), self.layers),
             )
             save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
             drift = check_drift(
@@ -250,6 +254,7 @@ def align(config: RunConfig) -> AlignResult:
     report = write_report(
         config,
         run,
+        layers=phases.layers,
         facts={
             "ingest": ingest_facts,
             "reward": reward_facts,
@@ -263,8 +268,7 @@ def align(config: RunConfig) -> AlignResult:
         directory=run.directory,
         checkpoint=checkpoint,
         report=report.html,
-        comparison=report.comparison,
-        drift=report.drift,
+        data=report.data,
         seconds=run.seconds,
         table=report.table,
     )

@@ -194,15 +194,16 @@ def fit_reward(
         seed=seed,
         **_fit_options(config),
     )
-    oof_rewards = torch.stack([fit.chosen_reward, fit.rejected_reward])
-    centers = tuple(float(oof_rewards[:, fit.fold == k].mean()) for k in range(config.folds))
-    valid_rewards = torch.cat([rewards(fit.full.head, valid_chosen), rewards(fit.full.head, valid_rejected)])
-    temperature = fit_temperature(fit.chosen_reward - fit.rejected_reward)
+    out_of_fold = torch.stack([fit.chosen_reward, fit.rejected_reward])
+    valid_rewards = torch.stack([rewards(fit.full.head, part) for part in (valid_chosen, valid_rejected)])
+    full_center = float(valid_rewards.mean())
+    # One fold means in-sample rewards, which would calibrate to certainty.
+    temperature = fit_temperature(-(out_of_fold if config.folds > 1 else valid_rewards).diff(dim=0)[0])
     fitted = FittedReward(
         heads=tuple(f.head for f in fit.heads),
-        centers=centers,
+        centers=tuple(_center(out_of_fold[:, fit.fold == k], full_center) for k in range(config.folds)),
         full=fit.full.head,
-        full_center=float(valid_rewards.mean()),
+        full_center=full_center,
         temperature=temperature,
         fold_seed=seed,
         metrics={},
@@ -220,6 +221,11 @@ def fit_reward(
         "layers": [asdict(record) for record in curve],
     }
     return replace(fitted, metrics=metrics)
+
+
+def _center(rewards_2N: torch.Tensor, fallback: float) -> float:
+    """Mean reward of a fold; a fold may be empty when there are few prompts."""
+    return float(rewards_2N.mean()) if rewards_2N.numel() else fallback
 
 
 def held_out_metrics(

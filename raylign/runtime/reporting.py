@@ -1,0 +1,153 @@
+"""The report phase: artefacts of the other phases in, one HTML file, one JSON and a model card out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from raylign.config import EMBEDDED, RunConfig, to_yaml
+from raylign.evaluation.drift import DriftReport
+from raylign.evaluation.judges import SignCheck
+from raylign.evaluation.refusal import RefusalValidation
+from raylign.evaluation.safety import compare_summaries
+from raylign.report.data import ConfidenceFacts, LayerPoint, NotMeasured, ReportData, RewardQuality, report_json
+from raylign.report.html import render_html
+from raylign.report.model_card import render_model_card
+from raylign.report.wording import comparison_table
+from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
+from raylign.runtime.phases import Run, versions, write_json
+from raylign.runtime.tracking import read_records, record_summary
+from raylign.runtime.trainer import METRICS_FILE
+from raylign.types import Interval
+
+EMBEDDED_LICENSE = (
+    "The embedded base model was trained on non-commercial data: non-commercial research use only. "
+    "The embedded pairs are hh-rlhf rows (MIT)."
+)
+OWN_LICENSE = "The licences of the base model and of the preference data apply."
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenReport:
+    """What the report phase leaves.
+
+    Attributes:
+        html: path of the self-contained report.
+        data: everything it shows.
+        table: before and after for a terminal.
+    """
+
+    html: Path
+    data: ReportData
+    table: str
+
+
+def write_report(
+    config: RunConfig, run: Run, *, facts: Mapping[str, Mapping[str, Any]], layers: tuple[int, ...], checkpoint: Path
+) -> WrittenReport:
+    """Collect the phases' results and write `report.html`, `report.json` and the checkpoint's model card.
+
+    Args:
+        config: of the run.
+        run: whose directory gets the files.
+        facts: manifest facts by phase: ingest, reward, rank, train, evaluate.
+        layers: transformer layers of the features.
+        checkpoint: directory of the trained policy; gets `README.md`.
+    """
+    data = collect(config, run, facts=facts, layers=layers)
+    html = run.directory / "report.html"
+    html.write_text(render_html(data), encoding="utf-8")
+    content = report_json(data)
+    write_json(run.directory / "report.json", content)
+    (checkpoint / "README.md").write_text(render_model_card(data), encoding="utf-8")
+    record_summary(config, run.directory, _flat(content["comparison"]["after"]))
+    return WrittenReport(html=html, data=data, table=comparison_table(data.comparison))
+
+
+def collect(
+    config: RunConfig, run: Run, *, facts: Mapping[str, Mapping[str, Any]], layers: tuple[int, ...]
+) -> ReportData:
+    """The report's input from the run directory and the manifests."""
+    evaluate = run.directory / "evaluate"
+    completions = load_completions(evaluate / COMPLETIONS_FILE)
+    environment = json.loads((run.directory / "environment.json").read_text(encoding="utf-8"))
+    ingest = facts["ingest"]
+    return ReportData(
+        run_name=config.run.name,
+        base_model=config.policy.model,
+        dataset=config.data.path,
+        objective=config.train.objective,
+        is_adapter=config.policy.adapter == "lora",
+        comparison=compare_summaries(
+            completions["before"],
+            completions["after"],
+            num_samples=config.evaluate.bootstrap_samples,
+            seed=config.run.seed,
+        ),
+        before=completions["before"],
+        after=completions["after"],
+        judge_name=config.evaluate.judge,
+        judge=SignCheck(**facts["evaluate"]["judge"]),
+        refusal_detector=RefusalValidation(**facts["evaluate"]["refusal_detector"]),
+        drift=read_drift(evaluate / DRIFT_FILE),
+        reward=_reward_quality(facts["reward"], layers),
+        confidence=_confidence(config, facts["rank"]),
+        training=read_records(run.directory / "train" / METRICS_FILE),
+        data_counts={
+            "read": ingest["rows_read"],
+            "used": ingest["used"],
+            **ingest["splits"],
+            "sampled out": ingest["sampled_out"],
+            "contradictions": ingest["contradictions"],
+        },
+        quarantine=ingest["quarantined"],
+        seconds=run.seconds,
+        config_yaml=to_yaml(config),
+        versions=versions(),
+        git_commit=environment["git_commit"],
+        license_note=EMBEDDED_LICENSE if EMBEDDED in (config.policy.model, config.data.path) else OWN_LICENSE,
+    )
+
+
+def read_drift(file: Path) -> DriftReport:
+    """Read what `evaluate_job.save_drift` wrote."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("kendall_tau", "rank_drift", "kl"):
+        if content[name] is not None:
+            content[name] = Interval(**content[name])
+    return DriftReport(**content)
+
+
+def _reward_quality(metrics: Mapping[str, Any], layers: tuple[int, ...]) -> RewardQuality:
+    return RewardQuality(
+        test_accuracy=Interval(**metrics["test_accuracy"], num_items=metrics["num_test_pairs"]),
+        out_of_fold_accuracy=metrics["out_of_fold_accuracy"],
+        test_ece=metrics["test_ece"],
+        test_brier=metrics["test_brier"],
+        num_train_pairs=metrics["num_train_pairs"],
+        num_test_pairs=metrics["num_test_pairs"],
+        layers=tuple(
+            LayerPoint(
+                layer=layers[record["position"]],
+                pair_accuracy=record["pair_accuracy"],
+                calibration_error=record["calibration_error"],
+            )
+            for record in metrics["layers"]
+        ),
+    )
+
+
+def _confidence(config: RunConfig, facts: Mapping[str, Any]) -> ConfidenceFacts | NotMeasured:
+    if config.train.objective != "label_confidence":
+        return NotMeasured(reason=f"train.objective={config.train.objective} does not read label confidence")
+    names = {field.name for field in fields(ConfidenceFacts)}
+    return ConfidenceFacts(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in names}
+    )
+
+
+def _flat(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    return {f"eval/{name}": value["mean"] for name, value in summary.items() if value is not None}
