@@ -28,6 +28,7 @@ from raylign.evaluation.refusal import (
 from raylign.evaluation.safety import SafetySummary, summarise
 from raylign.evaluation.scoring import RewardFn
 from raylign.runtime.evaluators import LABELS, ActorOptions, DriftScorer, Evaluator
+from raylign.runtime.execution import execution
 from raylign.runtime.phases import write_json
 from raylign.types import Completion, Message
 
@@ -221,7 +222,8 @@ def save_drift(path: Path, report: DriftReport) -> None:
 
 
 def _take(dataset: ray.data.Dataset) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = dataset.take_all()
+    with execution(dataset):
+        rows: list[dict[str, Any]] = dataset.take_all()
     return rows
 
 

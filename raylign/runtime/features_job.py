@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylign import errors
 from raylign.config import FeaturesSection, PolicySection
 from raylign.data.states import states_from_column, states_to_column
 from raylign.errors import CacheMismatchError, DataError, ModelError
+from raylign.runtime.execution import execution
 from raylign.types import FEATURE_COLUMNS, TOKEN_COLUMNS, Layout, TokenizedPair
 
 if TYPE_CHECKING:
@@ -235,7 +233,7 @@ def run_features(
         num_gpus=config.gpus_per_actor,
         udf_modifying_row_count=False,
     )
-    with _execution(extracted, show_progress=show_progress), _own_errors():
+    with execution(extracted, show_progress=show_progress):
         # states do not repeat, so a dictionary of them only costs; the text columns are small
         extracted.write_parquet(str(partial / _ROWS), compression="zstd", use_dictionary=False)
     num_written = sum(pq.read_metadata(file).num_rows for file in _files(partial))
@@ -289,28 +287,3 @@ def _is_cached(directory: Path, key: Mapping[str, Any]) -> bool:
     raise CacheMismatchError(
         f"features in {directory} were made from other inputs ({shown}); remove the directory or name another"
     )
-
-
-@contextmanager
-def _execution(dataset: ray.data.Dataset, *, show_progress: bool) -> Iterator[None]:
-    """Order kept and progress bars as asked while this data set runs; its context is shared with the caller's."""
-    context = dataset.context
-    before = context.execution_options.preserve_order, context.enable_progress_bars
-    context.execution_options.preserve_order, context.enable_progress_bars = True, show_progress
-    try:
-        yield
-    finally:
-        context.execution_options.preserve_order, context.enable_progress_bars = before
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    """Raise the raylign error that an actor raised; Ray Data 2.60 hands on its traceback as text and loses its type."""
-    try:
-        yield
-    except Exception as error:
-        found = re.findall(r"^raylign\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-        if not found:
-            raise
-        name, message = found[-1]
-        raise getattr(errors, name)(message) from error

@@ -1,0 +1,221 @@
+"""Evaluation on Ray: the pool gives what the plain classes give, and nothing is lost on the way.
+
+Real: Ray Data, generation, the refusal detector, the embedded model. The judge is a stand-in with random weights whose
+labels are put the right way round for the sign check, because which way random weights point is chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from raylign.assets import asset_path
+from raylign.config import EvaluateSection
+from raylign.errors import DataError, ModelError
+from raylign.evaluation.judges import SafetyJudge
+from raylign.evaluation.prompts import load_prompts, select_prompts
+from raylign.evaluation.refusal import load_refusal_labels
+from raylign.runtime.evaluate_job import (
+    check_drift,
+    evaluate_models,
+    load_completions,
+    run_evaluation,
+    save_completions,
+    save_drift,
+)
+from raylign.runtime.evaluators import ActorOptions, DriftScorer, Evaluator
+from raylign.types import Message
+
+WIDTHS = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(asset_path("tiny_chat"))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tokenizer):
+    """Directory of a judge that passes the sign check, and of the same judge with its labels swapped."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("judges") / "judge"
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=2, **WIDTHS)
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    flipped = shutil.copytree(directory, directory.with_name("flipped"))
+    name_labels(directory, ["safe", "unsafe"])
+    name_labels(flipped, ["unsafe", "safe"])
+    try:
+        SafetyJudge(directory).check_sign(sign_labels())
+    except ModelError:
+        return flipped, directory
+    return directory, flipped
+
+
+def sign_labels():
+    from raylign.evaluation.judges import sign_rows
+
+    return sign_rows(load_refusal_labels())
+
+
+def name_labels(directory, labels: list[str]) -> None:
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) | {"id2label": dict(enumerate(labels))}
+    config["label2id"] = {label: column for column, label in enumerate(labels)}
+    file.write_text(json.dumps(config))
+
+
+def save_policy(directory, tokenizer, *, seed: int):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.3, **WIDTHS)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("policies")
+    return {name: save_policy(root / name, tokenizer, seed=i) for i, name in enumerate(("before", "after"))}
+
+
+@pytest.fixture
+def section(judge):
+    return EvaluateSection(
+        judge=str(judge[0]),
+        num_prompts=8,
+        max_new_tokens=6,
+        batch_size=3,
+        drift_prompts=4,
+        drift_candidates=3,
+        bootstrap_samples=100,
+    )
+
+
+def make_length_reward():
+    """A factory that travels to the actors by value, with a stand-in reward: characters of the answer."""
+
+    def make():
+        return lambda prompts, responses: np.array(
+            [
+                float(len(response)) * (prompt[-1].role == "user")
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+        )
+
+    return make
+
+
+@pytest.mark.ray
+def test_pool_equals_the_plain_class(ray_cluster, section, policies):
+    """Two policies, eight prompts, batches of three: every answer once, in order, equal to one run without Ray."""
+    found = evaluate_models(policies, config=section, seed=0, make_reward_fn=make_length_reward())
+    prompts = select_prompts(load_prompts("embedded"), num=8, seed=0)
+    plain = Evaluator(
+        models={name: str(path) for name, path in policies.items()},
+        prompts=prompts,
+        config=section,
+        seed=0,
+        options=ActorOptions(),
+        make_reward_fn=make_length_reward(),
+    )
+    for name, evaluation in found.items():
+        answers = evaluation.completions
+        assert [(a.prompt, a.harmful, a.category) for a in answers] == [
+            (p.text, p.harmful, p.category) for p in prompts
+        ]
+        batch = plain({"model": np.array([name] * 8, dtype=object), "index": np.arange(8)})
+        assert [a.response for a in answers] == batch["response"].tolist()
+        np.testing.assert_allclose([a.cost for a in answers], batch["cost"], atol=1e-5)
+        assert [a.reward for a in answers] == [float(len(a.response)) for a in answers]
+        assert evaluation.summary.attack_success.num_items == 4
+        assert evaluation.judge.auroc > 0.5
+        assert evaluation.refusal_detector.accuracy > 0.9
+    assert [a.response for a in found["before"].completions] != [a.response for a in found["after"].completions]
+
+
+@pytest.mark.ray
+def test_one_policy_without_reward(ray_cluster, section, policies):
+    evaluation = run_evaluation(policies["before"], config=section, seed=0)
+    assert all(math.isnan(answer.reward) for answer in evaluation.completions)
+    assert evaluation.summary.mean_reward is None
+
+
+@pytest.mark.ray
+def test_flipped_judge_stops_the_evaluation(ray_cluster, section, policies, judge):
+    with pytest.raises(ModelError, match="id2label"):
+        run_evaluation(policies["before"], config=section.model_copy(update={"judge": str(judge[1])}), seed=0)
+
+
+@pytest.mark.ray
+def test_error_in_an_actor_keeps_its_type(ray_cluster, section, policies, tmp_path):
+    with pytest.raises(ModelError, match=r"config\.json"):
+        run_evaluation(tmp_path, config=section, seed=0)
+    with pytest.raises(ModelError, match=r"evaluate\.judge"):
+        run_evaluation(policies["before"], config=section.model_copy(update={"judge": str(tmp_path)}), seed=0)
+
+
+@pytest.mark.ray
+def test_drift_of_the_same_policy_is_none_and_of_another_is_seen(ray_cluster, section, policies, tmp_path):
+    prompts = [(Message(role="user", content=f"Question {i}?"),) for i in range(9)]
+    same = check_drift(policies["before"], policies["before"], prompts, config=section, seed=0)
+    assert (same.kendall_tau.mean, same.js_divergence, same.kl.mean) == (1.0, 0.0, 0.0)
+    assert (same.num_prompts, same.num_candidates) == (4, 3)
+    other = check_drift(policies["before"], policies["after"], prompts, config=section, seed=0)
+    assert other.kendall_tau.mean < 0.9
+    assert other.kl.mean > 0
+    save_drift(tmp_path / "drift.json", other)
+    assert json.loads((tmp_path / "drift.json").read_text())["kl"]["mean"] == other.kl.mean
+
+
+def test_candidates_do_not_depend_on_the_trained_policy(section, policies):
+    prompts = [(Message(role="user", content="Question?"),)]
+    scorers = [
+        DriftScorer(
+            reference_path=str(policies["before"]),
+            policy_path=str(policies[after]),
+            prompts=prompts,
+            config=section,
+            seed=0,
+            options=ActorOptions(),
+        )
+        for after in ("before", "after")
+    ]
+    same, other = (scorer({"index": np.array([0])}) for scorer in scorers)
+    np.testing.assert_array_equal(same["reference_mean_logps"], other["reference_mean_logps"])
+    assert same["reference_mean_logps"].shape == (1, 3)
+    np.testing.assert_array_equal(same["policy_mean_logps"], same["reference_mean_logps"])
+
+
+def test_no_prompt_for_drift(section, policies):
+    with pytest.raises(DataError, match="at least one"):
+        check_drift(policies["before"], policies["after"], [], config=section, seed=0)
+
+
+def test_completions_survive_the_file(tmp_path, section, policies):
+    from raylign.types import Completion
+
+    answer = Completion(
+        prompt="p \u2028 <b>",
+        response="line\nline",
+        category="",
+        harmful=True,
+        num_tokens=3,
+        reached_end=False,
+        cost=-0.5,
+        is_refusal=True,
+        reward=2.0,
+    )
+    answers = {"before": [answer], "after": [dataclasses.replace(answer, reward=math.nan)]}
+    save_completions(tmp_path / "c.jsonl", answers)
+    assert "NaN" not in (tmp_path / "c.jsonl").read_text()
+    loaded = load_completions(tmp_path / "c.jsonl")
+    assert loaded["before"] == (answer,)
+    assert math.isnan(loaded["after"][0].reward)
