@@ -93,11 +93,11 @@ class PairTable:
         """Hash over everything that training reads."""
         digest = hashlib.blake2b("\0".join(row_ids).encode(), digest_size=8)
         for values, offsets in self._tokens.values():
-            digest.update(values.tobytes())
-            digest.update(offsets.tobytes())
+            digest.update(values)
+            digest.update(offsets)
         numbers = (self._ref_chosen_logps, self._ref_rejected_logps, self._fold, self._weight, self._label_confidence)
         for column in numbers:
-            digest.update(b"absent" if column is None else column.tobytes())
+            digest.update(b"absent" if column is None else column)
         return digest.hexdigest()
 
     def __len__(self) -> int:
