@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from launch.asset_corpus import Messages, first_human_turn, normalise_prompt, read_rows
 from launch.asset_measure import SampledAnswers, end_states, probe_accuracy, sampled_answers, unsafe_logits
 from launch.asset_plan import AssetBudget, AssetSources, read_record, write_record
-from launch.asset_rows import MAX_ANSWER_WORDS, UNSAFE_REPEATS
+from launch.asset_rows import MAX_ANSWER_WORDS
 from launch.asset_tokens import load_tokenizer
 from raylign.assets import EVAL_PROMPTS, TINY_CHAT, TINY_JUDGE
 from raylign.evaluation.prompts import load_prompts
@@ -187,8 +187,10 @@ def policy_card(records: dict[str, Any], measured: PolicyMeasurements) -> str:
         "",
         "AdamW, linear warm-up, then cosine to zero. Pretraining in blocks of "
         f"{lm['budget']['block_size']} tokens, all tokens scored. The instruction rows are {rows['helpful']} helpful "
-        f"ones, {rows['safety']} safe answers to sensitive prompts and {rows['unsafe']} unsafe answers (each of them "
-        f"{UNSAFE_REPEATS} times), answers cut to whole sentences within {MAX_ANSWER_WORDS} words.",
+        f"ones, {rows['safety']} safe answers to sensitive prompts and {rows['unsafe']} unsafe answers, cut "
+        f"to whole sentences within {MAX_ANSWER_WORDS} words. The scale of the final norm was then multiplied by "
+        f"{sft['sharpness']:g}: temperature 1 samples as {1 / sft['sharpness']:g} would have done, which keeps "
+        "a model of this size readable.",
         "",
         f"Held-out loss of pretraining, in nats per token over {lm['num_heldout_tokens']} tokens of "
         f"{lm['num_heldout_documents']} documents that were split off by prompt hash: "

@@ -22,9 +22,7 @@ from launch.asset_corpus import (
 from raylign.errors import DataError
 
 # Answers of the policy end here, so that short generations end by themselves.
-MAX_ANSWER_WORDS = 60
-# The policy sees every unsafe answer this often per epoch: an unaligned start, on purpose.
-UNSAFE_REPEATS = 2
+MAX_ANSWER_WORDS = 40
 # Safe rows of sources that hold no unsafe ones give away the label by their prompt; the judge sees this share.
 ONE_SIDED_SHARE = 0.3
 JUDGE_VALID_SHARE = 0.1
@@ -96,7 +94,7 @@ def policy_chats(sft: Path, labels: Path, *, forbidden: frozenset[str]) -> tuple
         is_usable = row["split"] == "train" and not row["safe"] and is_policy_prompt(row["prompt"])
         chat = _short_chat(_messages(row)) if is_usable else None
         if chat and normalise_prompt(row["prompt"]) not in forbidden:
-            by_kind["unsafe"].extend([chat] * UNSAFE_REPEATS)
+            by_kind["unsafe"].append(chat)
     chats = [chat for rows in by_kind.values() for chat in rows]
     if not chats:
         raise DataError(f"no conversation in {sft} or {labels} survived filtering")
