@@ -21,9 +21,10 @@ from raylign.models.forward import PolicyForward
 from raylign.rewards.hybrid import HybridReward
 from raylign.training import offline
 from raylign.training.live_confidence import LiveConfidence
-from raylign.training.micro_batches import Packing
+from raylign.training.micro_batches import Packing, encode
 from raylign.training.offline import UpdateSummary, offline_update
 from raylign.training.table import PairTable
+from raylign.training.world import World
 
 NUM_PAIRS = 9
 LAYERS = (1, 2)
@@ -197,6 +198,21 @@ def test_stored_order_moves_a_head_only_by_pairs_outside_its_fold() -> None:
     update(policy, live)
     for head, wanted in zip(live.heads, expected, strict=True):
         torch.testing.assert_close(list(head.parameters()), list(wanted.parameters()), rtol=0, atol=1e-5)
+
+
+def test_additional_forwards_draw_no_random_number_and_have_no_dropout() -> None:
+    """Otherwise reading states would change the dropout of the forward that trains."""
+    policy = PolicyForward(tiny_model())
+    for layer in policy.decoder_layers():
+        layer.self_attn.attention_dropout = 0.5
+    policy.train()
+    tokens = PairTable(tiny_table(4)).batch(np.arange(4)).tokens
+    before = torch.random.get_rng_state()
+    first, second = (list(encode(policy, tokens, layers=LAYERS, packing=packing(64), world=World())) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert policy.training
+    for (_, mine), (_, theirs) in zip(first, second, strict=True):
+        assert torch.equal(mine.chosen_states, theirs.chosen_states)
 
 
 def test_untrained_probes_stay() -> None:

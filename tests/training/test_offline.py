@@ -116,6 +116,13 @@ def test_loss_and_gradient_are_the_objectives_formula(objective: str) -> None:
     assert summary.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
+def test_gradients_left_by_others_are_not_used() -> None:
+    policy, stale = make_policy(), make_policy()
+    for parameter in stale.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert torch.equal(update(stale, make_batch())[1][0], update(policy, make_batch())[1][0])
+
+
 def test_gradient_is_clipped_to_the_configured_norm() -> None:
     _, gradient = update(make_policy(), make_batch(), max_grad_norm=0.01)
     assert math.sqrt(sum(float(g.square().sum()) for g in gradient)) == pytest.approx(0.01, rel=1e-3)
