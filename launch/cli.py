@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,32 @@ def connect(verbose: bool) -> None:
     import ray
     import ray.data
 
-    ray.init(
-        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-    )
+    with contextlib.nullcontext() if verbose else _silent_stderr():  # the core announces the level it was given
+        ray.init(
+            include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+        )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
     if not verbose:
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what C++ code writes to file descriptor 2; errors still arrive as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @main.command()

@@ -36,7 +36,7 @@ def submodules(*packages: str) -> list[str]:
 
 
 def test_pure_layers_load_no_framework():
-    modules = submodules("losses", "rewards") + ["raylign.types", "raylign.errors"]
+    modules = [*submodules("losses", "rewards"), "raylign.types", "raylign.errors"]
     assert len(modules) > 6
     assert loaded_after(*modules) <= {"torch"}
 

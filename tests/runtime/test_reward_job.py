@@ -1,0 +1,155 @@
+"""Reward and rank jobs on made-up states: who scores whom, and that the parts add up. Ray is real, states are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+
+from raylign.config import ConfidenceSection, RewardSection
+from raylign.data.states import states_to_column
+from raylign.errors import CheckpointError, DataError
+from raylign.rewards.confidence import label_confidence
+from raylign.rewards.fit import grouped_folds, rewards
+from raylign.runtime.reward_job import FULL, FittedReward, fit_reward, rank_pairs, rank_table, read_states
+
+NUM_LAYERS, WIDTH = 3, 8
+REWARD = RewardSection(folds=3, epochs=2, batch_size=16)
+
+
+def made_up_pairs(num_pairs: int = 240, *, strength: float = 1.0, seed: int = 0) -> pa.Table:
+    """Chosen states lie on one side of a random direction; several pairs share a prompt."""
+    rng = np.random.default_rng(seed)
+    direction = rng.normal(size=(NUM_LAYERS, WIDTH))
+    noise = rng.normal(size=(2, num_pairs, NUM_LAYERS, WIDTH))
+    keys = [f"{i // 2:04x}" for i in range(num_pairs)]
+    splits = [("train", "train", "train", "valid", "test")[(i // 2) % 5] for i in range(num_pairs)]
+    return pa.table(
+        {
+            "row_id": [f"r{i:04d}" for i in range(num_pairs)],
+            "prompt_key": keys,
+            "split": splits,
+            "chosen_states": states_to_column((noise[0] + strength * direction).astype(np.float16)),
+            "rejected_states": states_to_column((noise[1] - strength * direction).astype(np.float16)),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(ray_cluster: None) -> FittedReward:
+    import ray.data
+
+    dataset = ray.data.from_arrow(made_up_pairs())
+    return fit_reward(dataset, config=REWARD, confidence=ConfidenceSection(), seed=0)
+
+
+@pytest.mark.ray
+def test_separable_states_are_found_and_counted(fitted):
+    metrics = fitted.metrics
+    assert (metrics["num_train_pairs"], metrics["num_valid_pairs"], metrics["num_test_pairs"]) == (144, 48, 48)
+    assert metrics["test_accuracy"]["mean"] > 0.95
+    assert metrics["out_of_fold_accuracy"] > 0.95
+    assert [record["position"] for record in metrics["layers"]] == [0, 1, 2]
+
+
+@pytest.mark.ray
+def test_states_without_signal_stay_at_chance_out_of_fold(ray_cluster):
+    """In-sample scoring would confirm the labels: the reason for folds."""
+    import ray.data
+
+    dataset = ray.data.from_arrow(made_up_pairs(400, strength=0.0))
+    accuracy = {}
+    for folds in (1, 5):
+        config = RewardSection(folds=folds, epochs=2, ridge=1e-3)
+        fit = fit_reward(dataset, config=config, confidence=ConfidenceSection(), seed=0)
+        accuracy[folds] = fit.metrics["out_of_fold_accuracy"]
+    assert accuracy[1] > 0.6
+    assert abs(accuracy[5] - 0.5) < 0.1
+
+
+@pytest.mark.ray
+def test_training_pairs_are_scored_by_the_head_of_their_fold_and_others_by_the_full_head(fitted):
+    table = made_up_pairs()
+    confidence = ConfidenceSection(alpha=3.0)
+    ranked = rank_table(table, shared=(fitted, confidence)).to_pydict()
+    folds = grouped_folds(table["prompt_key"].to_pylist(), 3, fitted.fold_seed).tolist()
+    states = read_rows(table)
+    for row, split in enumerate(table["split"].to_pylist()):
+        expected = folds[row] if split == "train" else FULL
+        assert ranked["fold"][row] == expected
+        head = fitted.full if expected == FULL else fitted.heads[expected]
+        center = fitted.full_center if expected == FULL else fitted.centers[expected]
+        chosen, rejected = (rewards(head, part[row : row + 1]) for part in states)
+        gamma = label_confidence(
+            chosen,
+            rejected,
+            alpha=3.0,
+            floor=0.0,
+            center=center,
+            level="pair",
+            squash="sigmoid",
+            temperature=1.0,
+        )
+        assert ranked["label_confidence"][row] == pytest.approx(float(gamma), abs=1e-6)
+        assert ranked["margin_mean"][row] == pytest.approx(float(chosen - rejected), abs=1e-5)
+
+
+def read_rows(table: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
+    from raylign.data.states import states_from_column
+
+    return tuple(torch.from_numpy(states_from_column(table[f"{n}_states"]).copy()) for n in ("chosen", "rejected"))
+
+
+@pytest.mark.ray
+def test_ray_path_equals_plain_path_and_drops_the_states(fitted):
+    import ray.data
+
+    table = made_up_pairs()
+    plain = rank_table(table, shared=(fitted, ConfidenceSection())).sort_by("row_id")
+    dataset = rank_pairs(
+        ray.data.from_arrow([table.slice(0, 100), table.slice(100)]), reward=fitted, confidence=ConfidenceSection()
+    )
+    batches = list(dataset.iter_batches(batch_format="pyarrow", batch_size=None))
+    assert pa.concat_tables(batches).sort_by("row_id").equals(plain)
+    assert "chosen_states" not in plain.column_names
+
+
+@pytest.mark.ray
+def test_heads_survive_the_disk_and_damage_is_named(fitted, tmp_path):
+    fitted.save(tmp_path)
+    back = FittedReward.load(tmp_path)
+    states, _ = read_rows(made_up_pairs())
+    for ours, theirs in zip((*fitted.heads, fitted.full), (*back.heads, back.full), strict=True):
+        assert torch.equal(rewards(ours, states), rewards(theirs, states))
+    assert (back.centers, back.temperature, back.metrics) == (fitted.centers, fitted.temperature, fitted.metrics)
+    (tmp_path / "heads.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="rerun the reward phase"):
+        FittedReward.load(tmp_path)
+
+
+@pytest.mark.ray
+def test_sampling_pairs_takes_whole_rows_in_order(ray_cluster):
+    """Slices and filters must not let rows trade states."""
+    import ray.data
+
+    table = made_up_pairs()
+    states = read_states(ray.data.from_arrow(table).repartition(7), max_pairs=60)
+    chosen, _ = read_rows(table)
+    assert len(states.prompt_key) == 120
+    ids = table["row_id"].to_pylist()
+    kept = sorted(row_id for row_id in ids if table["prompt_key"][ids.index(row_id)].as_py() in set(states.prompt_key))
+    assert len(kept) == 120
+    for i, row_id in enumerate(kept):
+        assert torch.equal(states.chosen[i], chosen[ids.index(row_id)])
+
+
+@pytest.mark.ray
+def test_missing_split_is_a_data_error(ray_cluster):
+    import ray.data
+
+    table = made_up_pairs()
+    only_train = table.filter(pc.equal(table["split"], "train"))
+    with pytest.raises(DataError, match="no pair in the 'valid' split"):
+        fit_reward(ray.data.from_arrow(only_train), config=REWARD, confidence=ConfidenceSection(), seed=0)
