@@ -50,7 +50,6 @@ def job_s(model_dir: str, pairs: list[TokenizedPair]) -> float:
             model_path=model_dir,
             output_dir=Path(directory) / "cache",
             data_fingerprint="benchmark",
-            max_length=512,
         )
         return time.perf_counter() - start
 
