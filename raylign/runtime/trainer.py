@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError  # has no public name in 2.60
 
 from raylign.config import RunConfig
-from raylign.errors import ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
+from raylign.errors import CheckpointError, ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.resources import ResourcePlan, check_demand
 from raylign.runtime.train_worker import PAIRS, WorkerTask, run_identity, train_worker
@@ -151,7 +153,16 @@ def _check_resume(directory: Path, config: RunConfig, identity: Mapping[str, Any
         raise OutputExistsError(f"{directory} holds a training; continue it with run.resume=true or use another name")
     from raylign.training.state import check_checkpoint
 
-    checkpoint = ray.train.Result.from_path(directory).checkpoint
+    try:
+        with warnings.catch_warnings():
+            # Ray 2.60 reads its own snapshot through names that pydantic has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            checkpoint = ray.train.Result.from_path(directory).checkpoint
+    except (CheckpointManagerInitializationError, RuntimeError) as error:
+        raise CheckpointError(
+            f"Ray Train cannot read its list of checkpoints, {directory / _SNAPSHOT}: {error}; restore what is missing "
+            "from a backup, or start under a new run.name"
+        ) from error
     if checkpoint is not None:
         check_checkpoint(Path(checkpoint.path), identity, unknown=[PAIRS])
 

@@ -190,7 +190,7 @@ def _full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named.items() if name not in tied}
 
 
-_CURE = "remove this checkpoint so that the run continues from an older one, or start under a new run.name"
+_CURE = "restore it from a backup, or start under a new run.name"
 
 
 def _check_identity(directory: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:

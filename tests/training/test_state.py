@@ -222,7 +222,7 @@ def test_damage_is_named_with_a_cure(checkpoint: Path) -> None:
     weights_file = checkpoint / POLICY / "model.safetensors"
     content = weights_file.read_bytes()
     weights_file.write_bytes(content[:-100])
-    with pytest.raises(CheckpointError, match=r"policy/model\.safetensors has \d+ bytes instead of.*remove this"):
+    with pytest.raises(CheckpointError, match=r"policy/model\.safetensors has \d+ bytes instead of.*new run\.name"):
         check_checkpoint(checkpoint, IDENTITY)
     weights_file.unlink()
     with pytest.raises(CheckpointError, match=r"policy/model\.safetensors is missing"):
