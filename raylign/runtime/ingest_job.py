@@ -222,8 +222,8 @@ def _original_errors() -> Iterator[None]:
         yield
     except ray.exceptions.RayTaskError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, RaylignError):
-            cause = cause.__cause__ or getattr(cause, "cause", None)
-        if cause is None:
+        while isinstance(cause, ray.exceptions.RayError):  # Ray's error is also an instance of the type that it carries
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if not isinstance(cause, RaylignError):
             raise
         raise cause from None

@@ -171,7 +171,7 @@ def test_duplicates_across_files_and_chunks(tmp_path, ingest):
     result = ingest(data)
     assert result.counts.quarantined == {"duplicate_row": 1}
     assert result.counts.contradictions == 1
-    assert [r["line"] for r in quarantined(result)] == [1]
+    assert [(Path(r["path"]).name, r["line"]) for r in quarantined(result)] == [("b.jsonl", 1)]
 
 
 def test_an_earlier_result_is_replaced(tmp_path, ingest):
@@ -219,8 +219,9 @@ def test_empty_dataset(ingest):
 
 def test_error_inside_a_task_arrives_as_itself(tmp_path, ingest):
     (tmp_path / "rows.jsonl.gz").write_bytes(b"not gzip at all")
-    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read"):
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read") as caught:
         ingest(tmp_path / "rows.jsonl.gz")
+    assert type(caught.value) is DataError  # Ray's own is a subclass whose message is the task's traceback
 
 
 def test_tokenizer_without_template_stops_before_reading(tmp_path, make_tokenizer):
