@@ -153,7 +153,8 @@ class _Follower:
             step = int(record["step"])
             if step > self.last_step:
                 named = {f"train/{name}": value for name, value in record.items() if name != "step"}
-                self._run.log({STEP_METRIC: step, **named})
+                # wandb's own step too, so that offline files of a resumed run do not overlap when they are synced
+                self._run.log({STEP_METRIC: step, **named}, step=step)
                 self.last_step = step
         if self.last_step > before:
             write_json(self._state_file, {**_read_state(self._state_file), "last_step": self.last_step})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def offline_config(**tracking_values: str):
 def append(path: Path, *records: dict) -> None:
     with path.open("a") as stream:
         stream.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def wait_for_history(directory: Path, num_rows: int) -> list[dict]:
+    """`logged_history` once wandb's own process has written so many rows, or what there is after 20 s."""
+    deadline = time.monotonic() + 20
+    while len(rows := logged_history(directory)) < num_rows and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return rows
 
 
 def logged_history(directory: Path) -> list[dict]:
@@ -67,9 +76,9 @@ def test_offline_run_has_every_record_once_and_resume_keeps_the_run(tmp_path):
     with track_run(config, tmp_path, metrics):
         append(metrics, {"step": 15, "loss": 0.5, "rewards/margins": 0.3})
 
-    rows = logged_history(tmp_path)
-    shown = [(r["train/global_step"], r["train/loss"], r["train/rewards/margins"]) for r in rows if "train/loss" in r]
-    assert shown == [(5, 0.7, 0.1), (10, 0.6, 0.2), (15, 0.5, 0.3)]
+    names = ("_step", "train/global_step", "train/loss", "train/rewards/margins")
+    shown = [tuple(row[name] for name in names) for row in wait_for_history(tmp_path, 3)]
+    assert shown == [(5, 5, 0.7, 0.1), (10, 10, 0.6, 0.2), (15, 15, 0.5, 0.3)]
     assert json.loads((tmp_path / STATE_FILE).read_text()) == {"run_id": first_id, "last_step": 15}
     assert all(first_id in path.name for path in tmp_path.glob("wandb/offline-run-*"))
 
@@ -116,7 +125,7 @@ def test_a_line_in_the_making_waits(tmp_path):
 
 def test_a_failing_client_does_not_stop_training(tmp_path, monkeypatch, capsys):
     class Client:
-        def log(self, _values):
+        def log(self, _values, step):
             raise RuntimeError("no network")
 
     class Opened:
