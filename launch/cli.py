@@ -142,7 +142,9 @@ def inspect_data(path: str | None, overrides: tuple[str, ...], print_config: boo
     from raylign.models.loading import load_tokenizer, resolve_model
 
     tokenizer = load_tokenizer(resolve_model(config.policy.model), trust_remote_code=config.policy.trust_remote_code)
-    click.echo(inspect_source(config.data, tokenizer, num_rows=rows, use_color=sys.stdout.isatty()))
+    click.echo(
+        inspect_source(config.data, tokenizer, num_rows=rows, use_color=sys.stdout.isatty(), seed=config.run.seed)
+    )
 
 
 @main.command()

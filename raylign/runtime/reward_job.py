@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raylign.config import ConfidenceSection, RewardSection
@@ -106,7 +107,7 @@ class FittedReward:
             tensors = load_file(directory / HEADS_FILE)
             heads = tuple(_head(tensors, f"fold{k}.") for k in range(facts["num_folds"]))
             full = _head(tensors, "full.")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{directory} holds no complete fitted reward ({error}); rerun the reward phase"
             ) from error
