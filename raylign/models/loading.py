@@ -74,7 +74,7 @@ def load_policy(
     seed: int = 0,
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
-    attention: str = "sdpa",
+    attention: str = "auto",
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model on the CPU, in evaluation mode, optionally with a fresh LoRA adapter.
 
@@ -90,7 +90,8 @@ def load_policy(
         seed: seed of the adapter's weights; the global generator is left as it was.
         trust_remote_code: run code shipped inside the model directory.
         gradient_checkpointing: recompute activations in the backward pass, in training mode.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; "auto" is "sdpa", and "eager" for models that bend their
+            attention scores (Gemma 2), which "sdpa" cannot.
 
     Raises:
         ModelError: no usable config or weights, no causal language model, or weights with missing tensors.
@@ -104,7 +105,9 @@ def load_policy(
             gradient_checkpointing=gradient_checkpointing,
             attention=attention,
         )
-    load_config(directory, trust_remote_code=trust_remote_code)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    if attention == "auto":
+        attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
     if not any(directory.glob("*.safetensors")):
         raise ModelError(f"{directory} has no *.safetensors weights; convert the model, other formats are not read")
     with torch.random.fork_rng(devices=[]):
@@ -129,7 +132,7 @@ def load_policy(
             return model
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
+        lora = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -138,7 +141,7 @@ def load_policy(
             base_model_name_or_path=str(directory),
         )
         with _without_renaming_warnings():
-            return get_peft_model(model, config).eval()
+            return get_peft_model(model, lora).eval()
 
 
 def _load_adapter(directory: Path, **base_options: Any) -> PeftModel:

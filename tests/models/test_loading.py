@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from raylign.data.packing import pack_pairs
 from raylign.errors import ModelError
@@ -20,6 +27,7 @@ from raylign.models.loading import (
     load_tokenizer,
     model_fingerprint,
     resolve_dtype,
+    resolve_layout,
     resolve_model,
     tokenizer_fingerprint,
 )
@@ -70,6 +78,15 @@ def test_loads_frozen_in_evaluation_mode_and_passes_the_probe(model_dir: Path) -
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
     verify_logprobs(model, tokenizer)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_models_with_capped_scores_load_with_attention_that_caps(model_dir: Path, tmp_path: Path) -> None:
+    config = Gemma2Config(**CONFIG, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    model = load_policy(tmp_path / "gemma2", dtype="float32")
+
+    assert model.config._attn_implementation == "eager"
+    verify_logprobs(model, load_tokenizer(model_dir), layout=resolve_layout("auto", model.config))
 
 
 def test_auto_is_float32_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
