@@ -24,17 +24,28 @@ def execution(dataset: ray.data.Dataset, *, show_progress: bool = False) -> Iter
     before = context.execution_options.preserve_order, context.enable_progress_bars
     context.execution_options.preserve_order, context.enable_progress_bars = True, show_progress
     try:
-        with _own_errors():
+        with own_errors():
             yield
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def own_errors() -> Iterator[None]:
+    """Raise the raylign error that a task or actor raised as itself, without Ray's wrapping.
+
+    A task's error is a cause of Ray's; of an actor that failed to start, Ray Data 2.60 hands on the traceback as text.
+    """
+    import ray
+
     try:
         yield
-    except Exception as error:
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, ray.exceptions.RayError):  # Ray's error is also an instance of the type that it carries
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if isinstance(cause, errors.RaylignError):
+            raise cause from None
         found = re.findall(r"^raylign\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
         if not found:
             raise

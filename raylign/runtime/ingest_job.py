@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from raylign.data.counts import IngestCounts, check_usable
 from raylign.data.sources import encode_row, list_files
 from raylign.data.splits import RowHashes, Verdicts, decide
 from raylign.data.tokenization import check_tokenizer
-from raylign.errors import DataError, DataNotFoundError, RaylignError
+from raylign.errors import DataError, DataNotFoundError
 from raylign.models.loading import load_tokenizer
+from raylign.runtime.execution import own_errors
 from raylign.runtime.ingest_tasks import (
     CHUNK_ROWS,
     IngestTask,
@@ -91,7 +91,7 @@ def run_ingest(
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     name = source if isinstance(source, str) else "the given Dataset"
-    with _original_errors():
+    with own_errors():
         staged = _stage(_locate(source, task), task)
         if not staged:
             raise DataError(f"{name} holds no rows; expected preference pairs, one a line or row")
@@ -213,17 +213,3 @@ def _join(paths: Sequence[Path], output: Path) -> None:
         for path in paths:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, target)
-
-
-@contextmanager
-def _original_errors() -> Iterator[None]:
-    """Raise a mistake that a task found as itself, without Ray's traceback of the task around it."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        cause: BaseException | None = error
-        while isinstance(cause, ray.exceptions.RayError):  # Ray's error is also an instance of the type that it carries
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if not isinstance(cause, RaylignError):
-            raise
-        raise cause from None
