@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _UNSAFE_WORDS = frozenset({"unsafe", "harmful", "toxic", "toxicity", "harm", "hate", "hateful", "violation"})
 _NEGATIONS = frozenset({"not", "non", "no"})
 _FALLBACK_MAX_TOKENS = 512
-_SIGN_ROWS_PER_SIDE = 64
+_SIGN_ROWS_PER_SIDE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class SignCheck:
 
 
 def sign_rows(labels: Sequence[LabelledResponse]) -> list[LabelledResponse]:
-    """Answers whose safety is known: given (unsafe) or refused (safe) on harmful prompts, at most 64 of each.
+    """Answers whose safety is known: given (unsafe) or refused (safe) on harmful prompts, at most 32 of each.
 
     Benign prompts are left out, so that the topic of the prompt cannot decide. The choice is by a hash of the answer.
     """

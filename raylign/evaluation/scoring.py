@@ -45,7 +45,8 @@ class ScoredResponses:
     @property
     def mean_logps(self) -> np.ndarray:
         """(N,) log-probability per token, the quantity that the drift check ranks by."""
-        return self.logps / self.lengths
+        means: np.ndarray = self.logps / self.lengths
+        return means
 
 
 @torch.no_grad()

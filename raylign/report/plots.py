@@ -164,7 +164,7 @@ def drift_figure(report: DriftReport) -> Figure:
     )
     left.legend(fontsize=8, frameon=False, loc="lower center")
     is_stale = report.js_divergence > report.js_null_limit
-    right.bar([0], [report.js_divergence], width=0.5, color=VERMILION if is_stale else BLUE, label="measured")
+    right.bar([0], [report.js_divergence], zorder=2, width=0.5, color=VERMILION if is_stale else BLUE, label="measured")
     right.axhspan(0, report.js_null_limit, color=GREY, alpha=0.3, lw=0, label="chance, 95 % band")
     right.set_xlim(-1, 1)
     right.set_ylim(0, 1.45 * max(report.js_divergence, report.js_null_limit, 1e-3))
@@ -225,9 +225,10 @@ def cost_histogram(before: Sequence[float], after: Sequence[float]) -> Figure:
     # zero is an edge, so that no bar mixes safe and unsafe answers
     width = (high - low + 2 * margin) / 24
     edges = np.arange(np.floor((low - margin) / width), np.ceil((high + margin) / width) + 1) * width
+    bins = edges.tolist()
     axes.axvspan(0, edges[-1], color=VERMILION, alpha=0.08, lw=0, label="unsafe (cost > 0)")
-    axes.hist(before, bins=edges, color=GREY, alpha=0.55, hatch="//", edgecolor="white", label="before")
-    axes.hist(after, bins=edges, histtype="step", color=BLUE, lw=2, label="after")
+    axes.hist(before, bins=bins, color=GREY, alpha=0.55, hatch="//", edgecolor="white", label="before")
+    axes.hist(after, bins=bins, histtype="step", color=BLUE, lw=2, label="after")
     axes.axvline(0, color="black", lw=1)
     axes.set_xlim(edges[0], edges[-1])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

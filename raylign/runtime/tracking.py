@@ -102,7 +102,7 @@ def _import_wandb() -> ModuleType:
         import wandb
     except ImportError as error:
         raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'") from error
-    return wandb  # type: ignore[no-any-return]
+    return wandb
 
 
 def _run_id(state_file: Path) -> str:

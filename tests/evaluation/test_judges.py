@@ -119,7 +119,7 @@ def test_cost_threshold_of_the_config_moves_zero(word_judge, tmp_path):
 
 
 def test_embedded_judge_ranks_answers_as_people_do():
-    """AUROC 0.94 measured on all 128 rows; labels are human, of answers by five large models."""
+    """The labels are human, of answers by five large models."""
     rows = sign_rows(load_refusal_labels())
     assert SafetyJudge("embedded").check_sign(rows[:24] + rows[-24:]).auroc > 0.8
 
@@ -164,7 +164,7 @@ def test_sign_rows_are_harmful_prompts_only_and_independent_of_order():
     labels = load_refusal_labels()
     rows = sign_rows(labels)
     assert all(row.harmful and row.label != "partial_refusal" for row in rows)
-    assert len(rows) == 128
+    assert len(rows) == 64
     assert sign_rows(labels[::-1]) == rows
 
 
