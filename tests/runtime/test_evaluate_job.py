@@ -1,6 +1,6 @@
 """Evaluation on Ray: the pool gives what the plain classes give, and nothing is lost on the way.
 
-Real: Ray Data, generation, the refusal detector, the embedded model. The judge is a stand-in with random weights whose
+Real: Ray Data, generation, the refusal detector. Policies and judge are tiny and have random weights; the judge's
 labels are put the right way round for the sign check, because which way random weights point is chance.
 """
 
