@@ -1,0 +1,327 @@
+"""Training through Ray Train: what it writes, what it survives, and what it says when it cannot go on.
+
+Real here: Ray, its workers and storage, the kills (a worker by os._exit, a driver by SIGKILL), a two-layer model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table, write_pairs
+
+from raylign.config import RunConfig, load_config
+from raylign.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DataNotFoundError,
+    OutputExistsError,
+    ResourceError,
+    TrainingError,
+)
+
+pytestmark = pytest.mark.ray
+
+NUM_PAIRS = 18
+NUM_UPDATES = 10  # two epochs of five updates, the last of each with two pairs
+
+
+@pytest.fixture(autouse=True)
+def _poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("ranked") / "pairs", tiny_table(NUM_PAIRS, num_valid=6))
+
+
+def make_config(*overrides: str) -> RunConfig:
+    fixed = ["train.batch_size=4", "train.epochs=2", "train.learning_rate=0.005", "train.batch_tokens=64"]
+    return load_config(overrides=[*fixed, "train.checkpoint_every=3", "train.log_every=2", *overrides])
+
+
+def run(config: RunConfig, model_dir: Path, pairs: Any, storage: Path, name: str = "train", **options: Any) -> Any:
+    from raylign.runtime.trainer import run_training
+
+    return run_training(pairs, config=config, model_path=model_dir, storage_path=storage, name=name, **options)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    return load_file(next((Path(result.checkpoint.path) / "policy").glob("*.safetensors")))
+
+
+def records(storage: Path, name: str = "train") -> list[dict[str, float]]:
+    lines = (storage / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Final weights and metric records of the run that nothing happens to."""
+    storage = tmp_path_factory.mktemp("uninterrupted")
+    result = run(make_config(), model_dir, pairs_dir, storage)
+    assert [path.name for path in sorted((storage / "train").glob("step_*"))] == ["step_0000009", "step_0000010"]
+    assert result.metrics["step"] == NUM_UPDATES
+    assert [r["step"] for r in records(storage)] == [2, 4, 6, 8, 10]
+    return weights(result), records(storage)
+
+
+def assert_bitwise(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_ray_trains_what_a_plain_loop_trains(uninterrupted: Any, model_dir: Path, pairs_dir: Path) -> None:
+    from raylign.models.forward import PolicyForward
+    from raylign.models.loading import load_policy
+    from raylign.training.loop import train_offline
+    from raylign.training.metrics import MetricWindow
+    from raylign.training.micro_batches import Packing
+    from raylign.training.optim import build_optimizer, build_scheduler
+    from raylign.training.order import DataOrder
+    from raylign.training.state import TrainerState
+    from raylign.training.table import PairTable, read_split
+
+    config = make_config()
+    policy = PolicyForward(load_policy(model_dir, dtype="float32"))
+    optimizer = build_optimizer(policy, learning_rate=0.005, weight_decay=0.0)
+    scheduler = build_scheduler(optimizer, schedule="cosine", num_updates=NUM_UPDATES, warmup_fraction=0.03)
+    train_offline(
+        TrainerState(policy=policy, optimizer=optimizer, scheduler=scheduler, window=MetricWindow(has_confidence=True)),
+        PairTable(read_split(pairs_dir, "train")),
+        DataOrder(num_pairs=NUM_PAIRS, batch_size=4, seed=0, epochs=2),
+        settings=config.train,
+        confidence=config.confidence,
+        packing=Packing(layout="shared", pad_token_id=1, batch_tokens=64),
+        seed=0,
+    )
+    trained = dict(policy.model.state_dict())
+    assert_bitwise({name: trained[name] for name in uninterrupted[0]}, uninterrupted[0])
+
+
+@pytest.fixture
+def dying_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt of the next run dies in update 6, after its checkpoint at update 3."""
+
+    def train_worker_that_dies(loop_config: dict[str, Any]) -> Any:  # nested, so that it travels by value
+        from raylign.runtime.train_worker import train_worker
+        from raylign.training import loop
+
+        update = loop.offline_update
+        marker = Path(loop_config["task"].metrics).with_name("died")
+
+        def deadly(*args: Any, **options: Any) -> Any:
+            if options["update"] == 5:
+                try:
+                    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    pass
+                else:
+                    os._exit(1)
+            return update(*args, **options)
+
+        loop.offline_update = deadly
+        try:
+            return train_worker(loop_config)
+        finally:
+            loop.offline_update = update
+
+    monkeypatch.setattr("raylign.runtime.trainer.train_worker", train_worker_that_dies)
+
+
+def test_a_killed_worker_costs_no_bit(
+    uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
+) -> None:
+    result = run(make_config("train.max_failures=1"), model_dir, pairs_dir, tmp_path)
+    assert (tmp_path / "train" / "died").exists()
+    assert_bitwise(weights(result), uninterrupted[0])
+    assert records(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_is_explained(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
+) -> None:
+    with pytest.raises(TrainingError, match=r"train\.max_failures=0 times \(worker 0: .*run\.resume=true"):
+        run(make_config("train.max_failures=0"), model_dir, pairs_dir, tmp_path)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import ray
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make_config, run
+ray.init(address=sys.argv[5], log_to_driver=False)
+run(make_config("train.epochs=60", "train.max_steps=10"), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_continued_by_resume(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    """SIGKILL as soon as the first checkpoint is registered; `run.resume` finishes bitwise."""
+    import ray
+
+    here = Path(__file__)
+    driver = subprocess.Popen(
+        [
+            *(sys.executable, "-c", DRIVER, str(here.parent), str(model_dir), str(pairs_dir), str(tmp_path)),
+            ray.get_runtime_context().gcs_address,
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here.parents[2])])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    snapshot = tmp_path / "train" / "checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + 120
+    while not snapshot.exists() and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert snapshot.exists()
+
+    config = ("train.epochs=60", "train.max_steps=10")
+    result = run(make_config("run.resume=true", *config), model_dir, pairs_dir, tmp_path)
+    whole = run(make_config(*config), model_dir, pairs_dir, tmp_path, name="whole")
+    assert_bitwise(weights(result), weights(whole))
+    assert records(tmp_path) == records(tmp_path, "whole")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_repeated_and_not_overwritten(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    first = run(make_config("train.max_steps=2"), model_dir, pairs_dir, tmp_path)
+    with pytest.raises(OutputExistsError, match=r"run\.resume=true"):
+        run(make_config("train.max_steps=2"), model_dir, pairs_dir, tmp_path)
+
+    again = run(make_config("train.max_steps=2", "run.resume=true"), model_dir, pairs_dir, tmp_path)
+    assert again.checkpoint.path == first.checkpoint.path
+    assert [r["step"] for r in records(tmp_path)] == [2]
+
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"train\.beta: was 0\.15, now 0\.3"):
+        run(make_config("train.max_steps=2", "run.resume=true", "train.beta=0.3"), model_dir, pairs_dir, tmp_path)
+    assert time.monotonic() - started < 5
+
+    changed = write_pairs(tmp_path / "others", tiny_table(NUM_PAIRS, seed=8))
+    config = make_config("train.max_steps=2", "run.resume=true", "train.max_failures=0")
+    with pytest.raises(CheckpointError, match=r"training worker 0 of 1: .*pairs: was"):
+        run(config, model_dir, changed, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_gone_or_damaged_is_named_at_once(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    config = make_config("train.max_steps=1", "run.resume=true")
+    checkpoint = Path(run(config, model_dir, pairs_dir, tmp_path).checkpoint.path)
+    (checkpoint / "policy" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has 4 bytes instead of \d+"):
+        run(config, model_dir, pairs_dir, tmp_path)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(CheckpointError, match=r"(?s)checkpoint_manager_snapshot\.json: .*step_0000001.*new run\.name"):
+        run(config, model_dir, pairs_dir, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_names_rank_and_update_without_a_retry(
+    ray_cluster: None, model_dir: Path, tmp_path: Path
+) -> None:
+    reference = [float("inf") if i == 11 else -20.0 for i in range(NUM_PAIRS)]
+    pairs = write_pairs(tmp_path / "pairs", tiny_table(NUM_PAIRS, ref_chosen_logps=reference))
+    with pytest.raises(TrainingError, match=r"training worker 0 of 1: update \d: the loss of 1 of \d pairs"):
+        run(make_config(), model_dir, pairs, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_trains(
+    uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    result = run(make_config("resources.num_workers=2"), model_dir, pairs_dir, tmp_path)
+    for name, value in weights(result).items():
+        torch.testing.assert_close(value, uninterrupted[0][name], rtol=0, atol=2e-5)
+    for mine, theirs in zip(records(tmp_path), uninterrupted[1], strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_a_dataset_trains_like_its_parquet_files(
+    uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    dataset = ray.data.read_parquet(str(pairs_dir)).map_batches(lambda table: table, batch_format="pyarrow")
+    result = run(make_config(), model_dir, dataset, tmp_path)
+    assert_bitwise(weights(result), uninterrupted[0])
+
+
+@pytest.mark.slow
+def test_live_confidence_follows_anchors(ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:
+    from raylign.rewards.hybrid import HybridReward
+    from raylign.runtime.reward_job import FittedReward
+
+    heads = tuple(HybridReward(NUM_LAYERS, HIDDEN, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    fitted = FittedReward(
+        heads=heads[:2],
+        centers=(0.0, 0.0),
+        full=heads[2],
+        full_center=0.0,
+        temperature=1.0,
+        fold_seed=0,
+        metrics={},
+    )
+    (tmp_path / "reward").mkdir()
+    fitted.save(tmp_path / "reward")
+    live = ["confidence.source=live", "confidence.track=anchor", "confidence.track_batch_size=3"]
+    result = run(make_config(*live), model_dir, pairs_dir, tmp_path, heads=tmp_path / "reward")
+    assert 0 < result.metrics["confidence/mean"] < 1
+    state = torch.load(Path(result.checkpoint.path) / "trainer_state" / "training.pt", weights_only=True)
+    assert len(state["live"]["heads"]) == 2
+    assert not torch.equal(state["live"]["heads"][0]["probe_weight"], heads[0].probe_weight)
+
+    with pytest.raises(ConfigError, match="heads"):
+        run(make_config(*live), model_dir, pairs_dir, tmp_path, name="other")
+
+
+def test_too_large_a_plan_fails_at_once_with_both_numbers(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"3 training worker\(s\) x 1 CPU ask for 3 CPU, the cluster has 2"):
+        run(make_config("resources.num_workers=3"), model_dir, pairs_dir, tmp_path)
+    assert time.monotonic() - started < 5
+    assert not (tmp_path / "train").exists()
+
+
+def test_pairs_that_cannot_be_trained_on_are_refused_before_workers_start(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataNotFoundError, match="no parquet file"):
+        run(make_config(), model_dir, tmp_path / "empty", tmp_path)
+    valid_only = pq.read_table(pairs_dir, filters=[("split", "=", "valid")])
+    with pytest.raises(DataError, match="num_pairs=0"):
+        run(make_config(), model_dir, write_pairs(tmp_path / "valid", valid_only), tmp_path)
