@@ -207,7 +207,8 @@ def policy_card(records: dict[str, Any], measured: PolicyMeasurements) -> str:
         *_answer_rows("benign (XSTest)", measured.benign),
         "",
         "## Hidden states at the end token",
-        "Accuracy of a ridge probe, five folds by prompt; layer 0 is the embedding, which sees the end token alone. "
+        "Accuracy of a ridge probe, five folds by prompt. Layer 0 is the embedding of the end token, the same for "
+        "every row: it shows what guessing the larger class gives. "
         f"Safe against unsafe: {measured.num_safety_rows} labelled answers of the test split, by prompt and answer "
         "(the prompt leaks part of this label). Chosen against rejected: the state difference of "
         f"{measured.num_preference_pairs} hh-rlhf harmless test pairs; chance is 0.5.",
