@@ -255,16 +255,26 @@ def run_identity(config: RunConfig, *, model: str | Path, reward: str | Path | N
     """
     from raylign.models.loading import model_fingerprint
 
-    sections = ["policy", "train", "confidence", *(["reward", "features"] if reward is not None else [])]
+    heads = {} if reward is None else {"heads": model_fingerprint(reward)}
+    return method_identity(config) | heads | {"model": model_fingerprint(model)}
+
+
+def method_identity(config: RunConfig) -> dict[str, Any]:
+    """The part of `run_identity` that the configuration alone tells, by dotted key; reads no file.
+
+    Args:
+        config: of the run; keys that its method does not read and `FREE_KEYS` are left out.
+    """
+    is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
+    sections = ["policy", "train", "confidence", *(["reward", "features"] if is_live else [])]
     idle = idle_keys(config)
-    identity: dict[str, Any] = {
+    keys = {
         f"{section}.{name}": value
         for section in sections
         for name, value in getattr(config, section).model_dump().items()
         if f"{section}.{name}" not in idle and f"{section}.{name}" not in FREE_KEYS
     }
-    heads = {} if reward is None else {"heads": model_fingerprint(reward)}
-    return identity | heads | {"run.seed": config.run.seed, "model": model_fingerprint(model)}
+    return keys | {"run.seed": config.run.seed}
 
 
 def _world(config: RunConfig) -> World:
