@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from raylign.data.tokenization import end_of_response_id
 from raylign.errors import ModelError
+from raylign.models.loading import context_length
 from raylign.types import Message
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
 
 
 def _check_context(model: Any, *, longest: int, max_new_tokens: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and longest + max_new_tokens > context:
         raise ModelError(
             f"the longest prompt ({longest} tokens) and an answer of {max_new_tokens} exceed the model's context "

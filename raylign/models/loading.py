@@ -32,8 +32,12 @@ _FULL_ATTENTION_DECODERS = frozenset(
 _MASKED_ATTENTION = frozenset({"sdpa", "eager"})
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, *, key: str = "policy.model") -> str:
     """Directory that holds a model: the embedded one, a local one, or a hub repository downloaded to the local cache.
+
+    Args:
+        name: "embedded" (the chat model that ships), a directory, or a hub id.
+        key: config key that the name comes from, for the message.
 
     Raises:
         ModelError: neither a directory nor a repository that can be downloaded.
@@ -46,14 +50,16 @@ def resolve_model(name: str) -> str:
     if path.is_dir():
         return str(path)
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ModelError(f"model directory {name} does not exist (config key policy.model)")
+        raise ModelError(f"model directory {name} does not exist (config key {key})")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return str(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"model {name!r} is no directory here and no hub repository within reach: {error}") from error
+        raise ModelError(
+            f"model {name!r} is no directory here and no hub repository within reach (config key {key}): {error}"
+        ) from error
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
@@ -206,6 +212,31 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise ModelError(f"{directory} holds {', '.join(kinds)}, expected a causal language model")
     return config
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that a model has, None when its positions are not numbered."""
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return context
+
+
+def check_context(config: PretrainedConfig, max_length: int) -> None:
+    """Whether sequences of `max_length` tokens fit into a model; beyond its positions a forward fails or is noise.
+
+    Args:
+        config: of the model, see `load_config`.
+        max_length: tokens of the longest prompt with one response, or the limit `data.max_length`.
+
+    Raises:
+        ModelError: naming both numbers and their config keys.
+    """
+    context = context_length(config)
+    if context is not None and max_length > context:
+        raise ModelError(
+            f"sequences of {max_length} tokens (config key data.max_length) exceed the {context} positions of the "
+            f"model (config key policy.model; max_position_embeddings={context} in its config.json): set "
+            f"data.max_length to at most {context}, or choose a model with a longer context"
+        )
 
 
 def supports_shared_prompt(config: PretrainedConfig) -> bool:

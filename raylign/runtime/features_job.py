@@ -78,13 +78,16 @@ class FeatureExtractor:
         """The table with four more columns, rows in their order.
 
         Raises:
-            ModelError: a log-probability or state is not finite (or too large for float16).
+            ModelError: a pair exceeds the model's context, or a log-probability or state is not finite (or too large
+                for float16).
         """
         import torch
 
         from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
+        from raylign.models.loading import check_context
 
         pairs = pairs_from_table(table)
+        check_context(self.forward.causal_lm.config, max(map(longest_sequence, pairs), default=0))
         logps = np.empty((2, len(pairs)), np.float32)
         shape = (len(pairs), len(self.layers), self.width)
         states = np.empty(shape, self.config.dtype), np.empty(shape, self.config.dtype)
@@ -134,6 +137,11 @@ def pairs_from_table(table: pa.Table) -> list[TokenizedPair]:
         TokenizedPair(prompt_ids=p, chosen_ids=c, rejected_ids=r)
         for p, c, r in zip(prompts, chosen, rejected, strict=True)
     ]
+
+
+def longest_sequence(pair: TokenizedPair) -> int:
+    """Tokens of the prompt with the longer response."""
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
 def _id_lists(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -23,6 +24,8 @@ from raylign.data.packing import pack_pairs
 from raylign.errors import ModelError
 from raylign.models.forward import PolicyForward, verify_logprobs
 from raylign.models.loading import (
+    check_context,
+    load_config,
     load_policy,
     load_tokenizer,
     model_fingerprint,
@@ -206,3 +209,11 @@ def test_fingerprints_follow_content_not_place(model_dir: Path, made_once: Path)
     content[-1] ^= 1
     weights.write_bytes(content)
     assert model_fingerprint(model_dir) != model_fingerprint(made_once)
+
+
+def test_sequences_must_fit_into_the_positions(model_dir: Path) -> None:
+    config = load_config(model_dir)
+    check_context(config, 64)
+    with pytest.raises(ModelError, match=r"65 tokens \(config key data\.max_length\).* 64 positions.*policy\.model"):
+        check_context(config, 65)
+    check_context(MambaConfig(), 10**6)  # positions that are not numbered have no end

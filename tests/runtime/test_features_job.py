@@ -115,6 +115,18 @@ def test_states_too_large_for_float16_are_refused(model_path: str) -> None:
         extractor(make_table(2))
 
 
+def test_pairs_beyond_the_context_are_refused_before_the_forward(model_path: str) -> None:
+    """The embedded model has 1024 positions; past them a forward would go on in silence."""
+    extractor = FeatureExtractor(model_path, FeaturesSection(), PolicySection())
+    rows = [np.arange(1000) % 100 + 10, np.arange(3) + 10, np.arange(25) + 10]
+    columns = {
+        name: pa.array([ids], pa.list_(pa.int32()))
+        for name, ids in zip(("prompt_ids", "chosen_ids", "rejected_ids"), rows, strict=True)
+    }
+    with pytest.raises(ModelError, match=r"sequences of 1025 tokens.*data\.max_length.*1024 positions"):
+        extractor(pa.table(columns))
+
+
 def test_no_pair_has_no_features(model_path: str) -> None:
     extractor = FeatureExtractor(model_path, FeaturesSection(), PolicySection())
     empty = extractor(make_table(3).slice(0, 0))
