@@ -18,6 +18,7 @@ from raylign.config import EMBEDDED
 from raylign.errors import DataError, ModelError
 from raylign.evaluation.metrics import auroc
 from raylign.evaluation.refusal import LabelledResponse
+from raylign.models.loading import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -133,6 +134,17 @@ def cost_from_logits(logits: torch.Tensor, columns: Sequence[int], *, is_multi_l
     return unsafe.logsumexp(-1) - scores[:, others].logsumexp(-1)
 
 
+def resolve_judge(name: str | Path) -> str:
+    """Directory of a judge; "embedded" is the one that ships, hub ids are downloaded.
+
+    Raises:
+        ModelError: neither a directory nor a repository that can be downloaded.
+    """
+    if str(name) == EMBEDDED:
+        return str(asset_path(TINY_JUDGE))
+    return resolve_model(str(name), key="evaluate.judge")
+
+
 class SafetyJudge:
     """A sequence classifier that prices answers.
 
@@ -158,7 +170,7 @@ class SafetyJudge:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = str(model_dir)
-        source = asset_path(TINY_JUDGE) if self.name == EMBEDDED else model_dir
+        source = resolve_judge(model_dir)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             # float32, because a cost near 0 decides between safe and unsafe

@@ -39,6 +39,18 @@ class EvaluationPrompt:
         return (Message(role="user", content=self.text),)
 
 
+def prompts_file(path: str | Path) -> Path:
+    """The file behind `evaluate.prompts`, where "embedded" is the set that ships.
+
+    Raises:
+        DataNotFoundError: the file does not exist.
+    """
+    file = asset_path(EVAL_PROMPTS) if str(path) == EMBEDDED else Path(path)
+    if not file.is_file():
+        raise DataNotFoundError(f"evaluation prompts {file} do not exist (config key evaluate.prompts)")
+    return file
+
+
 def load_prompts(path: str | Path) -> list[EvaluationPrompt]:
     """Read evaluation prompts from JSON lines with `prompt`, `harmful` and optionally `category` and `source`.
 
@@ -53,9 +65,7 @@ def load_prompts(path: str | Path) -> list[EvaluationPrompt]:
         DataError: a row cannot be used, a prompt stands twice, or one of the two kinds (harmful, benign) is missing;
             over-refusal without attack success, or the reverse, is not reported.
     """
-    file = asset_path(EVAL_PROMPTS) if str(path) == EMBEDDED else Path(path)
-    if not file.is_file():
-        raise DataNotFoundError(f"evaluation prompts {file} do not exist (config key evaluate.prompts)")
+    file = prompts_file(path)
     prompts: list[EvaluationPrompt] = []
     first_line: dict[str, int] = {}
     for number, line in enumerate(_lines(file), start=1):

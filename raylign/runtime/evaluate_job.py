@@ -6,6 +6,7 @@ Nothing here starts Ray. The actors are the plain classes of `raylign.runtime.ev
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import numpy as np
 from raylign.config import EvaluateSection
 from raylign.errors import DataError
 from raylign.evaluation.drift import DriftReport, measure_drift
-from raylign.evaluation.judges import SignCheck, check_sign, sign_rows
-from raylign.evaluation.prompts import EvaluationPrompt, load_prompts, select_prompts
+from raylign.evaluation.judges import SignCheck, check_sign, resolve_judge, sign_rows
+from raylign.evaluation.prompts import EvaluationPrompt, load_prompts, prompts_file, select_prompts
 from raylign.evaluation.refusal import (
     RefusalValidation,
     held_out_half,
@@ -27,6 +28,7 @@ from raylign.evaluation.refusal import (
 )
 from raylign.evaluation.safety import SafetySummary, summarise
 from raylign.evaluation.scoring import RewardFn
+from raylign.models.loading import model_fingerprint, tokenizer_fingerprint
 from raylign.runtime.evaluators import LABELS, ActorOptions, DriftScorer, Evaluator
 from raylign.runtime.execution import execution
 from raylign.runtime.phases import write_json
@@ -54,6 +56,27 @@ class Evaluation:
     summary: SafetySummary
     judge: SignCheck
     refusal_detector: RefusalValidation
+
+
+def evaluation_inputs(config: EvaluateSection) -> dict[str, str]:
+    """Hashes of the files that an evaluation reads, so that its key changes with their content, not with their names.
+
+    Args:
+        config: names the prompts and the judge.
+
+    Returns:
+        "prompts" (bytes of the file), "judge" (config and weights) and "judge_tokenizer".
+
+    Raises:
+        DataNotFoundError: the prompts do not exist.
+        ModelError: the judge does not exist or has no safetensors weights.
+    """
+    judge = resolve_judge(config.judge)
+    return {
+        "prompts": hashlib.blake2b(prompts_file(config.prompts).read_bytes(), digest_size=16).hexdigest(),
+        "judge": model_fingerprint(judge),
+        "judge_tokenizer": tokenizer_fingerprint(judge),
+    }
 
 
 def run_evaluation(

@@ -25,6 +25,7 @@ from raylign.evaluation.refusal import load_refusal_labels
 from raylign.runtime.evaluate_job import (
     check_drift,
     evaluate_models,
+    evaluation_inputs,
     load_completions,
     run_evaluation,
     save_completions,
@@ -192,6 +193,27 @@ def test_candidates_do_not_depend_on_the_trained_policy(section, policies):
     np.testing.assert_array_equal(same["reference_mean_logps"], other["reference_mean_logps"])
     assert same["reference_mean_logps"].shape == (1, 3)
     np.testing.assert_array_equal(same["policy_mean_logps"], same["reference_mean_logps"])
+
+
+def test_inputs_follow_the_content_of_prompts_and_judge(tmp_path, section, judge):
+    """What the evaluation phase was done for: edits in place count, copies elsewhere do not."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a", "harmful": True}) + "\n")
+    model = shutil.copytree(judge[0], tmp_path / "judge")
+    config = section.model_copy(update={"prompts": str(prompts), "judge": str(model)})
+    inputs = evaluation_inputs(config)
+    assert evaluation_inputs(config.model_copy(update={"judge": str(judge[0])})) == inputs
+
+    prompts.write_text(json.dumps({"prompt": "b", "harmful": True}) + "\n")
+    edited = evaluation_inputs(config)
+    assert {name for name in inputs if inputs[name] != edited[name]} == {"prompts"}
+    name_labels(model, ["fine", "unsafe"])
+    relabelled = evaluation_inputs(config)
+    assert {name for name in inputs if edited[name] != relabelled[name]} == {"judge"}
+    with pytest.raises(DataError, match=r"evaluate\.prompts"):
+        evaluation_inputs(config.model_copy(update={"prompts": str(tmp_path / "none")}))
+    with pytest.raises(ModelError, match=r"evaluate\.judge"):
+        evaluation_inputs(config.model_copy(update={"judge": str(tmp_path / "none")}))
 
 
 def test_no_prompt_for_drift(section, policies):
