@@ -155,10 +155,10 @@ def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], prin
     config = resolve(path, overrides, print_config)
     connect(verbose=False)
     from raylign.report.data import to_plain
-    from raylign.runtime.api import evaluate as run_evaluation
+    from raylign.runtime.evaluate_job import run_evaluation
+    from raylign.runtime.pipeline import actor_options
 
-    options = config.evaluate.model_dump()
-    result = run_evaluation(checkpoint, seed=config.run.seed, **options)
+    result = run_evaluation(checkpoint, config=config.evaluate, seed=config.run.seed, options=actor_options(config))
     click.echo(json.dumps({"checkpoint": checkpoint, **to_plain(result.summary)}, indent=2))
 
 

@@ -7,9 +7,10 @@ objective does not read is an error too (`check_effects`). No torch, no ray.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,7 +23,7 @@ EMBEDDED = "embedded"
 class Section(BaseModel):
     """Base of all sections: frozen, keyword-only, no unknown key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class RunSection(Section):
@@ -124,7 +125,7 @@ class ConfidenceSection(Section):
     )
     center_decay: float = Field(0.99, ge=0, lt=1, description="decay of that mean, per update")
     squash: Literal["sigmoid", "none"] = Field("sigmoid", description="none is sigmoid(margin / temperature)")
-    temperature: float | Literal["fitted"] = Field(
+    temperature: Annotated[float, Field(gt=0)] | Literal["fitted"] = Field(
         "fitted", description="reward units, for squash=none; 'fitted' calibrates on out-of-fold pairs"
     )
     track: Literal["none", "anchor", "stored_order"] = Field(
@@ -263,6 +264,10 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(squashed, "confidence", ["alpha", "center"], "set confidence.squash=sigmoid")
     has_ema = live and squashed and confidence.center == "ema"
     reads(has_ema, "confidence", ["center_decay"], "set confidence.source=live and confidence.center=ema")
+    reads(config.data.format in ("auto", "pku"), "data", ["prefer"], "set data.format=auto or pku")
+    has_steps = config.reward.epochs > 0
+    head_steps = ["batch_size", "learning_rate"]
+    reads(has_steps, "reward", head_steps, "set reward.epochs above 0")
     reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
     reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
     return idle
@@ -288,7 +293,7 @@ def load_config(
     """Build a checked configuration from defaults, a YAML file, a mapping and dotted overrides, later ones winning.
 
     Args:
-        path: YAML file with the sections of `RunConfig`; a bare name is also looked up among the shipped configs.
+        path: YAML file with the sections of `RunConfig`.
         overrides: "section.key=value" strings; values are read as YAML.
         values: nested mapping, for use from Python.
 
@@ -307,28 +312,27 @@ def load_config(
             raise ConfigError(f"override {override!r} must look like section.key=value, for example train.beta=0.1")
         section, _, name = key.partition(".")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-        if isinstance(value, str):
-            value = _number_or_text(value)
         if not isinstance(merged.setdefault(section, {}), dict):
             raise ConfigError(f"override {override!r}: {section} is not a section")
         merged[section][name] = value
     return _validate(merged)
 
 
-def _number_or_text(text: str) -> float | str:
-    """YAML 1.1 reads 1e-6 as text; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-6 as a number, as YAML 1.2 and people do; quoted text stays text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config file {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -337,9 +341,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections such as 'train:', found {type(content).__name__}")
-    for section, body in content.items():
-        if isinstance(body, dict):
-            content[section] = {k: _number_or_text(v) if isinstance(v, str) else v for k, v in body.items()}
     return content
 
 

@@ -25,6 +25,14 @@ def test_scientific_notation_is_a_number(tmp_path):
     assert load_config(None, ["train.learning_rate=1e-6"]).train.learning_rate == 1e-6
 
 
+def test_quoted_numbers_stay_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  name: '2024'\npolicy:\n  model: '1e3'\n")
+    config = load_config(path)
+    assert (config.run.name, config.policy.model) == ("2024", "1e3")
+    assert load_config(None, ["run.name=2024"]).run.name == "2024"
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
@@ -54,6 +62,9 @@ def test_unknown_key_names_the_nearest(override, nearest):
         (["train.beta"], r"must look like section.key=value"),
         (["train=3", "train.beta=0.1"], r"must look like"),
         (["run.name=a/b"], r"run.name"),
+        (["confidence.squash=none", "confidence.temperature=-1"], r"greater than 0"),
+        (["train.beta=.inf"], r"finite number"),
+        (["data.format=hh", "data.prefer=better"], r"data.prefer is set but has no effect"),
         (["train.objective=[dpo"], r"not valid YAML"),
     ],
 )

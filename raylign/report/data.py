@@ -51,7 +51,8 @@ class RewardQuality:
 
     Attributes:
         test_accuracy: share of test pairs ordered as their label says.
-        out_of_fold_accuracy: likewise on training pairs, each scored by a head that did not see its prompt.
+        out_of_fold_accuracy: likewise on training pairs, each scored by a head that did not see its prompt; None when
+            there is one fold, whose head saw them all.
         test_ece: expected calibration error of the label confidence on test pairs.
         test_brier: mean squared error of the label confidence on test pairs; 0.25 is a coin.
         num_train_pairs: pairs the heads were fitted on.
@@ -60,7 +61,7 @@ class RewardQuality:
     """
 
     test_accuracy: Interval
-    out_of_fold_accuracy: float
+    out_of_fold_accuracy: float | None
     test_ece: float
     test_brier: float
     num_train_pairs: int

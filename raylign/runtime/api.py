@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.data
@@ -20,15 +21,15 @@ from raylign.models.loading import resolve_model
 from raylign.runtime.evaluate_job import Evaluation, run_evaluation
 from raylign.runtime.features_job import features_key, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint
-from raylign.runtime.ingest_job import run_ingest
+from raylign.runtime.ingest_job import QUARANTINE_FILE, read_pairs, run_ingest
 from raylign.runtime.phases import digest
 from raylign.runtime.pipeline import actor_options
+from raylign.runtime.progress import phase_line
 from raylign.runtime.reward_job import FittedReward, rank_pairs
 from raylign.runtime.reward_job import fit_reward as fit_heads
 from raylign.runtime.trainer import run_training
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+Sections = Mapping[str, Mapping[str, Any]]
 
 STORAGE = "runs/api"
 
@@ -39,6 +40,7 @@ def ingest(
     model: str = EMBEDDED,
     storage: str | Path = STORAGE,
     seed: int = 0,
+    config: Sections | None = None,
     **options: Any,
 ) -> ray.data.Dataset:
     """Raw preference rows to validated, tokenized, deduplicated and split pairs.
@@ -48,6 +50,7 @@ def ingest(
         model: directory or hub id whose tokenizer and chat template are used.
         storage: keeps the pairs and `quarantine.jsonl` with every refused row.
         seed: of the split.
+        config: other sections, for example {"policy": {"trust_remote_code": True}}.
         **options: keys of the `data` section, for example max_length=1024.
 
     Returns:
@@ -56,21 +59,38 @@ def ingest(
     Raises:
         DataError: unusable data; ConfigError: an unknown option.
     """
-    config = _config({"data": options}, seed=seed)
+    resolved = _config(config, "data", options, seed=seed)
     root = _directory(storage)
-    fresh = root / f".ingest-{uuid.uuid4().hex[:8]}"
-    try:
-        run_ingest(source, config=config.data, model_path=resolve_model(model), output_dir=fresh, seed=seed)
-        kept = root / f"pairs-{pairs_fingerprint(_parquet(fresh))}"
-        if not kept.exists():
-            fresh.rename(kept)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return _parquet(kept)
+    fresh = root / f"ingest-{uuid.uuid4().hex[:8]}"
+    # A refused data set keeps its directory: the error names the quarantine file in it.
+    result = run_ingest(
+        source,
+        config=resolved.data,
+        model_path=resolve_model(model),
+        output_dir=fresh,
+        seed=seed,
+        trust_remote_code=resolved.policy.trust_remote_code,
+    )
+    kept = root / f"pairs-{pairs_fingerprint(result.dataset)}"
+    if kept.exists():
+        shutil.rmtree(fresh)
+    else:
+        fresh.rename(kept)
+    counts = result.counts
+    phase_line(
+        "ingest",
+        f"{counts.used} of {counts.rows_read} rows used, {counts.num_quarantined} in {kept / QUARANTINE_FILE}",
+    )
+    return read_pairs(kept)
 
 
 def extract_features(
-    pairs: ray.data.Dataset, *, model: str = EMBEDDED, storage: str | Path = STORAGE, **options: Any
+    pairs: ray.data.Dataset,
+    *,
+    model: str = EMBEDDED,
+    storage: str | Path = STORAGE,
+    config: Sections | None = None,
+    **options: Any,
 ) -> ray.data.Dataset:
     """Add hidden states and reference log-probs of `model`, from one forward per pair, or from the cache.
 
@@ -78,19 +98,20 @@ def extract_features(
         pairs: of `ingest`.
         model: the reference: the policy before training.
         storage: keeps the features under a key of everything they depend on.
+        config: other sections, for example {"policy": {"dtype": "float32"}}.
         **options: keys of the `features` section, for example layers=[8, 16], num_actors=4, gpus_per_actor=1.
 
     Returns:
         The pairs with `FEATURE_COLUMNS` of `raylign.types`.
     """
-    config = _config({"features": options})
+    resolved = _config(config, "features", options)
     path = resolve_model(model)
     fingerprint = pairs_fingerprint(pairs)
-    key = features_key(config=config.features, policy=config.policy, model_path=path, data_fingerprint=fingerprint)
+    key = features_key(config=resolved.features, policy=resolved.policy, model_path=path, data_fingerprint=fingerprint)
     return run_features(
         pairs,
-        config=config.features,
-        policy=config.policy,
+        config=resolved.features,
+        policy=resolved.policy,
         model_path=path,
         output_dir=_directory(storage) / f"features-{digest(key)}",
         data_fingerprint=fingerprint,
@@ -105,8 +126,8 @@ def fit_reward(features: ray.data.Dataset, *, seed: int = 0, **options: Any) -> 
         seed: of folds and heads.
         **options: keys of the `reward` section, for example folds=10, bce_weight=0.
     """
-    config = _config({"reward": options}, seed=seed)
-    return fit_heads(features, config=config.reward, confidence=config.confidence, seed=seed)
+    resolved = _config(None, "reward", options, seed=seed)
+    return fit_heads(features, config=resolved.reward, confidence=resolved.confidence, seed=seed)
 
 
 def rank(features: ray.data.Dataset, reward: FittedReward, **options: Any) -> ray.data.Dataset:
@@ -120,7 +141,7 @@ def rank(features: ray.data.Dataset, reward: FittedReward, **options: Any) -> ra
     Returns:
         The pairs with `RANK_COLUMNS` of `raylign.types`, without the hidden states.
     """
-    return rank_pairs(features, reward=reward, confidence=_config({"confidence": options}).confidence)
+    return rank_pairs(features, reward=reward, confidence=_config(None, "confidence", options).confidence)
 
 
 def train(
@@ -132,7 +153,7 @@ def train(
     seed: int = 0,
     resume: bool = False,
     reward: FittedReward | None = None,
-    config: Mapping[str, Mapping[str, Any]] | None = None,
+    config: Sections | None = None,
     **options: Any,
 ) -> ray.train.Result:
     """Train the policy off-policy on ranked pairs with Ray Train.
@@ -151,10 +172,7 @@ def train(
     Returns:
         Ray's result; `result.checkpoint.path` holds `policy/`, a plain HF or PEFT directory.
     """
-    sections = {section: dict(content) for section, content in (config or {}).items()}
-    sections.setdefault("train", {}).update(options)
-    sections.setdefault("run", {})["resume"] = resume
-    resolved = _config(sections, seed=seed)
+    resolved = _config({**(config or {}), "run": {"resume": resume}}, "train", options, seed=seed)
     root = _directory(storage)
     heads = None
     if reward is not None:
@@ -166,30 +184,28 @@ def train(
     )
 
 
-def evaluate(model: str | Path, *, seed: int = 0, **options: Any) -> Evaluation:
+def evaluate(model: str | Path, *, seed: int = 0, config: Sections | None = None, **options: Any) -> Evaluation:
     """Judge a HF or PEFT directory on safety and benign prompts.
 
     Args:
         model: directory or hub id.
         seed: of the choice of prompts, sampling and bootstrap.
+        config: other sections, for example {"features": {"gpus_per_actor": 1}, "policy": {"dtype": "float32"}}.
         **options: keys of the `evaluate` section, for example num_prompts=400, judge="/models/classifier".
     """
-    config = _config({"evaluate": options}, seed=seed)
-    return run_evaluation(model, config=config.evaluate, seed=seed, options=actor_options(config))
+    resolved = _config(config, "evaluate", options, seed=seed)
+    return run_evaluation(model, config=resolved.evaluate, seed=seed, options=actor_options(resolved))
 
 
-def _config(sections: dict[str, Any], *, seed: int = 0) -> RunConfig:
-    sections.setdefault("run", {})["seed"] = seed
-    return load_config(values=sections)
+def _config(sections: Sections | None, section: str, options: Mapping[str, Any], *, seed: int = 0) -> RunConfig:
+    """Defaults, the given sections, and the call's own options, checked as a whole."""
+    merged = {name: dict(content) for name, content in (sections or {}).items()}
+    merged.setdefault(section, {}).update(options)
+    merged.setdefault("run", {})["seed"] = seed
+    return load_config(values=merged)
 
 
 def _directory(storage: str | Path) -> Path:
     path = Path(storage).expanduser().absolute()
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _parquet(directory: Path) -> ray.data.Dataset:
-    from raylign.runtime.ingest_job import read_pairs
-
-    return read_pairs(directory)

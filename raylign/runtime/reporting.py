@@ -18,16 +18,13 @@ from raylign.report.html import render_html
 from raylign.report.model_card import render_model_card
 from raylign.report.wording import comparison_table
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
-from raylign.runtime.phases import Run, versions, write_json
+from raylign.runtime.phases import ENVIRONMENT_FILE, Run, record_config, versions, write_json
 from raylign.runtime.tracking import read_records, record_summary
 from raylign.runtime.trainer import METRICS_FILE
 from raylign.types import Interval
 
-EMBEDDED_LICENSE = (
-    "The embedded base model was trained on non-commercial data: non-commercial research use only. "
-    "The embedded pairs are hh-rlhf rows (MIT)."
-)
-OWN_LICENSE = "The licences of the base model and of the preference data apply."
+EMBEDDED_MODEL_LICENSE = "The embedded base model was trained on non-commercial data: non-commercial research use only."
+EMBEDDED_DATA_LICENSE = "The embedded pairs are hh-rlhf rows (MIT)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +54,7 @@ def write_report(
         layers: transformer layers of the features.
         checkpoint: directory of the trained policy; gets `README.md`.
     """
+    record_config(config, run.directory)  # all phases agreed with it; a resume may have changed cost settings
     data = collect(config, run, facts=facts, layers=layers)
     html = run.directory / "report.html"
     html.write_text(render_html(data), encoding="utf-8")
@@ -73,7 +71,7 @@ def collect(
     """The report's input from the run directory and the manifests."""
     evaluate = run.directory / "evaluate"
     completions = load_completions(evaluate / COMPLETIONS_FILE)
-    environment = json.loads((run.directory / "environment.json").read_text(encoding="utf-8"))
+    environment = json.loads((run.directory / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     ingest = facts["ingest"]
     return ReportData(
         run_name=config.run.name,
@@ -108,8 +106,17 @@ def collect(
         config_yaml=to_yaml(config),
         versions=versions(),
         git_commit=environment["git_commit"],
-        license_note=EMBEDDED_LICENSE if EMBEDDED in (config.policy.model, config.data.path) else OWN_LICENSE,
+        license_note=license_note(config),
     )
+
+
+def license_note(config: RunConfig) -> str:
+    """What the weights and the data allow, each by itself."""
+    model = (
+        EMBEDDED_MODEL_LICENSE if config.policy.model == EMBEDDED else f"The licence of {config.policy.model} applies."
+    )
+    data = EMBEDDED_DATA_LICENSE if config.data.path == EMBEDDED else f"The licence of {config.data.path} applies."
+    return f"{model} {data}"
 
 
 def read_drift(file: Path) -> DriftReport:
@@ -143,6 +150,8 @@ def _reward_quality(metrics: Mapping[str, Any], layers: tuple[int, ...]) -> Rewa
 def _confidence(config: RunConfig, facts: Mapping[str, Any]) -> ConfidenceFacts | NotMeasured:
     if config.train.objective != "label_confidence":
         return NotMeasured(reason=f"train.objective={config.train.objective} does not read label confidence")
+    if config.confidence.source == "live":
+        return NotMeasured(reason="it changes during a live run; see confidence/mean and flips under Training")
     names = {field.name for field in fields(ConfidenceFacts)}
     return ConfidenceFacts(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in names}

@@ -163,7 +163,7 @@ def _sample_ids(index: pa.Table, max_pairs: int) -> set[str]:
         mask = pc.equal(index["split"], "train")
         rows = index.filter(mask if is_train else pc.invert(mask))
         ids, keys = rows["row_id"].to_pylist(), rows["prompt_key"].to_pylist()
-        # whole prompts in the order of their key, which is a hash already
+        # in the order of the prompts' keys, which are hashes already
         kept |= {row_id for _, row_id in sorted(zip(keys, ids, strict=True))[:max_pairs]}
     return kept
 
@@ -216,12 +216,16 @@ def fit_reward(
         "num_valid_pairs": len(valid_groups),
         "num_test_pairs": len(test_groups),
         "best_epochs": [f.best_epoch for f in fit.heads],
-        "out_of_fold_accuracy": float((fit.chosen_reward > fit.rejected_reward).double().mean()),
+        "out_of_fold_accuracy": _accuracy(fit.chosen_reward, fit.rejected_reward) if config.folds > 1 else None,
         "temperature": temperature,
         **held_out_metrics(chosen_reward, rejected_reward, fitted, confidence, seed=seed),
         "layers": [asdict(record) for record in curve],
     }
     return replace(fitted, metrics=metrics)
+
+
+def _accuracy(chosen_reward: torch.Tensor, rejected_reward: torch.Tensor) -> float:
+    return float((chosen_reward > rejected_reward).double().mean())
 
 
 def _center(rewards_2N: torch.Tensor, fallback: float) -> float:

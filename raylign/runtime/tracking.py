@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from raylign.config import RunConfig
-from raylign.errors import ConfigError, MissingDependencyError
+from raylign.errors import ConfigError, MissingDependencyError, RaylignError
 from raylign.runtime.phases import write_json
 from raylign.runtime.progress import phase_line
 
@@ -70,8 +70,13 @@ def record_summary(config: RunConfig, run_directory: Path, values: Mapping[str, 
     """
     if config.tracking.wandb == "off":
         return
-    with _open_run(config, run_directory) as run:
-        run.summary.update({name: value for name, value in values.items() if value is not None})
+    try:
+        with _open_run(config, run_directory) as run:
+            run.summary.update({name: value for name, value in values.items() if value is not None})
+    except RaylignError:
+        raise
+    except Exception as error:  # whatever the client throws: a tracking service must not cost a finished run
+        phase_line("tracking", f"summary not recorded: {error!r}")
 
 
 @contextmanager

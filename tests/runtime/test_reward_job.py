@@ -59,14 +59,19 @@ def test_states_without_signal_stay_at_chance_out_of_fold(ray_cluster):
     """In-sample scoring would confirm the labels: the reason for folds."""
     import ray.data
 
-    dataset = ray.data.from_arrow(made_up_pairs(400, strength=0.0))
-    accuracy = {}
-    for folds in (1, 5):
-        config = RewardSection(folds=folds, epochs=2, ridge=1e-3)
-        fit = fit_reward(dataset, config=config, confidence=ConfidenceSection(), seed=0)
-        accuracy[folds] = fit.metrics["out_of_fold_accuracy"]
-    assert accuracy[1] > 0.6
-    assert abs(accuracy[5] - 0.5) < 0.1
+    table = made_up_pairs(400, strength=0.0)
+    dataset = ray.data.from_arrow(table)
+    fits = {
+        folds: fit_reward(
+            dataset, config=RewardSection(folds=folds, epochs=2, ridge=1e-3), confidence=ConfidenceSection(), seed=0
+        )
+        for folds in (1, 5)
+    }
+    assert abs(fits[5].metrics["out_of_fold_accuracy"] - 0.5) < 0.1
+    assert fits[1].metrics["out_of_fold_accuracy"] is None
+    ranked = rank_table(table, shared=(fits[1], ConfidenceSection())).filter(pc.equal(table["split"], "train"))
+    in_sample = pc.mean(pc.cast(pc.greater(ranked["margin_mean"], 0), pa.float64())).as_py()
+    assert in_sample > 0.6
 
 
 @pytest.mark.ray
