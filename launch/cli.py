@@ -34,7 +34,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="raylign")
 def main() -> None:
-    """Safety alignment of language models on Ray: re-ranked off-policy training with a measured price."""
+    """Safety alignment of language models on Ray: re-ranked off-policy training."""
 
 
 def config_options(command: Any) -> Any:
