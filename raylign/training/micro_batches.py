@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from raylign.data.packing import MicroBatch, pack_pairs, pair_tokens, plan_micro_batches
 from raylign.training.world import World
@@ -58,9 +59,14 @@ def encode(
     Yields:
         Each micro-batch and its scores.
     """
-    with _evaluating(policy), torch.no_grad():
-        for micro in packing.plan(pairs, world):
-            yield micro, policy(packing.pack(pairs, micro, world), layers=layers)
+    try:
+        with _evaluating(policy), torch.no_grad():
+            for micro in packing.plan(pairs, world):
+                yield micro, policy(packing.pack(pairs, micro, world), layers=layers)
+    finally:
+        # FSDP2 keeps its root whole until a backward, which does not come here; a checkpoint needs the shards.
+        if isinstance(policy, FSDPModule):
+            policy.reshard()
 
 
 @contextmanager

@@ -157,8 +157,8 @@ LIVE_PAIR = {"confidence": {"source": "live", "track": "stored_order"}}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
-    [{}, FSDP, FSDP | {"policy": {"adapter": "lora"}}, LIVE_BATCH, LIVE_PAIR | FSDP],
-    ids=["ddp", "fsdp", "fsdp-lora", "ddp-live-batch-anchor", "fsdp-live-pair-stored-order"],
+    [{}, FSDP, FSDP | {"policy": {"adapter": "lora"}}, LIVE_BATCH, LIVE_BATCH | FSDP, LIVE_PAIR | FSDP],
+    ids=["ddp", "fsdp", "fsdp-lora", "ddp-live-batch-anchor", "fsdp-live-batch-anchor", "fsdp-live-pair-stored-order"],
 )
 def test_two_workers_train_what_one_trains(model_dir: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     alone = {k: v for k, v in values.items() if k != "train"}
