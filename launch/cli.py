@@ -106,6 +106,9 @@ def align(path: str | None, overrides: tuple[str, ...], print_config: bool, verb
     Without arguments it aligns the embedded tiny model on the embedded data, offline, on two CPU cores.
     """
     config = resolve(path, overrides, print_config)
+    from raylign.runtime.phases import run_directory
+
+    run_directory(config)  # refuses a directory in use before anything starts
     connect(verbose)
     from raylign.runtime.pipeline import align as run_align
 

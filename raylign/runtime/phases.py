@@ -105,8 +105,8 @@ class Run:
         return directory, facts
 
 
-def open_run(config: RunConfig) -> Run:
-    """Create or reopen the directory of a run and write its resolved configuration.
+def run_directory(config: RunConfig) -> Path:
+    """`<run.storage>/<run.name>`, absolute; needs nothing but the configuration.
 
     Raises:
         OutputExistsError: the directory is in use and `run.resume` is not set.
@@ -116,6 +116,16 @@ def open_run(config: RunConfig) -> Run:
         raise OutputExistsError(
             f"run directory {directory} is in use; continue it with run.resume=true or choose another run.name"
         )
+    return directory
+
+
+def open_run(config: RunConfig) -> Run:
+    """Create or reopen the directory of a run and write its resolved configuration.
+
+    Raises:
+        OutputExistsError: the directory is in use and `run.resume` is not set.
+    """
+    directory = run_directory(config)
     directory.mkdir(parents=True, exist_ok=True)
     if not (
         directory / CONFIG_FILE

@@ -28,7 +28,7 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import features_key, read_features, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint, source_state
-from raylign.runtime.ingest_job import PAIRS_DIR, read_pairs, run_ingest
+from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import FittedReward, confidence_facts, fit_reward, make_reward_scorer, rank_pairs
@@ -280,10 +280,7 @@ def actor_options(config: RunConfig) -> ActorOptions:
 
 def held_out_prompts(ingest: Path, num: int) -> list[list[Message]]:
     """The first `num` distinct test prompts in the order of their keys, which are hashes."""
-    rows = ray.data.read_parquet(
-        [str(file) for file in sorted((ingest / PAIRS_DIR).glob("*.parquet"))],
-        columns=["prompt_key", "split", "prompt"],
-    )
+    rows = read_pairs(ingest).select_columns(["prompt_key", "split", "prompt"])
     found: dict[str, list[Message]] = {}
     for row in rows.iter_rows():
         if row["split"] == "test":

@@ -134,6 +134,8 @@ def test_readme_snippet_runs(ray_cluster, tmp_path, monkeypatch):
     with gzip.open(asset_path(PAIRS), "rt", encoding="utf-8") as stream:
         Path("pairs.jsonl").write_text("".join(itertools.islice(stream, 120)), encoding="utf-8")
     snippet = snippet.replace('"my-model"', repr(str(asset_path(TINY_CHAT))))
+    # the cluster's workers were started elsewhere, so a relative path would not be theirs
+    snippet = snippet.replace('"pairs.jsonl"', repr(str(tmp_path / "pairs.jsonl")))
     scope: dict[str, object] = {}
     exec(snippet.replace("beta=0.1", "beta=0.1, max_steps=2, batch_size=4"), scope)
     policy = Path(scope["result"].checkpoint.path) / "policy"
