@@ -62,17 +62,23 @@ def resolve_model(name: str, *, key: str = "policy.model") -> str:
         ) from error
 
 
-def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
-    """Compute type: "auto" is bfloat16 on GPUs that have it and float32 elsewhere."""
+def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device | str = "cuda") -> torch.dtype:
+    """Compute type: "auto" is bfloat16 on GPUs that have it and float32 elsewhere.
+
+    Args:
+        dtype: `policy.dtype`.
+        device: where the forward runs, which a visible GPU does not tell.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        is_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+        return torch.bfloat16 if is_gpu and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
 def load_policy(
     path: str | Path,
     *,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
     adapter: Literal["full", "lora"] = "full",
     lora_rank: int = 16,
     lora_alpha: int = 32,

@@ -28,6 +28,8 @@ from raylign.types import FEATURE_COLUMNS, TOKEN_COLUMNS, Layout, TokenizedPair
 if TYPE_CHECKING:
     import ray.data
 
+    from raylign.models.numerics import Parallel
+
 __all__ = [
     "FeatureExtractor",
     "features_key",
@@ -37,7 +39,7 @@ __all__ = [
     "states_to_column",
 ]
 
-SCHEMA_VERSION = 1  # raise when the same inputs would give other features
+SCHEMA_VERSION = 2  # raise when the same inputs would give other features
 MANIFEST = "manifest.json"
 _ROWS = "rows"
 _ROWS_PER_CALL = 128  # enough to sort by length, little enough to stream 7 B-sized states
@@ -49,27 +51,29 @@ class FeatureExtractor:
     Args:
         model_path: directory of the reference policy.
         config: layers, storage type and token budget.
-        policy: weight type and whether remote code may run.
+        policy: number types, adapter and whether remote code may run.
+        parallel: `train.parallel`, which has a say in the number types.
     """
 
-    def __init__(self, model_path: str, config: FeaturesSection, policy: PolicySection) -> None:
+    def __init__(
+        self, model_path: str, config: FeaturesSection, policy: PolicySection, parallel: Parallel = "ddp"
+    ) -> None:
         import torch
 
-        from raylign.models.forward import PolicyForward, resolve_layers, verify_logprobs
-        from raylign.models.loading import load_policy, load_tokenizer, resolve_layout
+        from raylign.models.forward import resolve_layers, verify_logprobs
+        from raylign.models.loading import load_tokenizer, resolve_layout
+        from raylign.models.numerics import actor_device, load_reference
 
         if config.gpus_per_actor == 0:
             torch.set_num_threads(max(1, int(config.cpus_per_actor)))
-        device = "cuda" if config.gpus_per_actor > 0 else "cpu"
+        device = actor_device(config.gpus_per_actor)
         tokenizer = load_tokenizer(model_path, trust_remote_code=policy.trust_remote_code)
-        model = load_policy(
-            model_path, dtype=_compute_dtype(config, policy), trust_remote_code=policy.trust_remote_code
-        ).to(device)
-        self.layout: Layout = resolve_layout("auto", model.config)
-        verify_logprobs(model, tokenizer, layout=self.layout)
-        self.forward = PolicyForward(model).eval()
+        self.forward = load_reference(model_path, policy, device, parallel=parallel)
+        model_config = self.forward.causal_lm.config
+        self.layout: Layout = resolve_layout("auto", model_config)
+        verify_logprobs(self.forward.model, tokenizer, layout=self.layout)
         self.layers = resolve_layers(config.layers, self.forward.num_layers)
-        self.width = int(model.config.hidden_size)
+        self.width = int(model_config.hidden_size)
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.config = config
         self.device = device
@@ -154,19 +158,29 @@ def _id_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def features_key(
-    *, config: FeaturesSection, policy: PolicySection, model_path: str | Path, data_fingerprint: str
+    *,
+    config: FeaturesSection,
+    policy: PolicySection,
+    model_path: str | Path,
+    data_fingerprint: str,
+    parallel: Parallel = "ddp",
 ) -> dict[str, Any]:
     """Everything that the features depend on; JSON-like, equal keys mean equal features.
 
     Args:
         config: `layers` and `dtype` count, budgets and resources do not.
-        policy: the compute type counts.
+        policy: the number types count.
         model_path: directory of the reference policy; its bytes count, its place does not.
         data_fingerprint: fingerprint of the ingested pairs.
+        parallel: `train.parallel`, which has a say in the number types.
     """
     from raylign.models.forward import resolve_layers
     from raylign.models.loading import load_config, model_fingerprint, tokenizer_fingerprint
+    from raylign.models.numerics import policy_numerics
 
+    # the driver may lack the GPU that decides "auto"
+    compute = "float32" if policy.dtype == "auto" and config.gpus_per_actor == 0 else policy.dtype
+    numerics = policy_numerics(policy, compute, parallel=parallel)
     num_layers = load_config(model_path, trust_remote_code=policy.trust_remote_code).num_hidden_layers
     return {
         "schema_version": SCHEMA_VERSION,
@@ -175,12 +189,9 @@ def features_key(
         "data": data_fingerprint,
         "layers": list(resolve_layers(config.layers, num_layers)),
         "dtype": config.dtype,
-        "compute_dtype": _compute_dtype(config, policy),
+        "weights_dtype": numerics.weights,
+        "autocast_dtype": numerics.autocast,
     }
-
-
-def _compute_dtype(config: FeaturesSection, policy: PolicySection) -> Any:
-    return "float32" if policy.dtype == "auto" and config.gpus_per_actor == 0 else policy.dtype
 
 
 def run_features(
@@ -191,6 +202,7 @@ def run_features(
     model_path: str | Path,
     output_dir: str | Path,
     data_fingerprint: str,
+    parallel: Parallel = "ddp",
     show_progress: bool = False,
 ) -> ray.data.Dataset:
     """Add `FEATURE_COLUMNS` to every pair, or read them from the cache directory when it was made from the same inputs.
@@ -200,10 +212,11 @@ def run_features(
     Args:
         pairs: ingested pairs, cheap to count (parquet or materialised). All their columns are kept.
         config: layers, storage type, token budget and actors.
-        policy: the reference policy's weight type.
+        policy: number types of the policy in training, which the reference shares.
         model_path: directory of the reference policy, readable on every node.
         output_dir: cache directory of this key, on storage that every node sees.
         data_fingerprint: fingerprint of the pairs.
+        parallel: `train.parallel`, which has a say in the number types.
         show_progress: Ray Data's progress bars.
 
     Returns:
@@ -219,7 +232,9 @@ def run_features(
     from raylign.runtime.phases import versions, write_json
 
     directory = Path(output_dir).expanduser().absolute()
-    key = features_key(config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint)
+    key = features_key(
+        config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint, parallel=parallel
+    )
     if _is_cached(directory, key):
         return read_features(directory)
     partial = directory.with_name(f".{directory.name}.partial")
@@ -233,7 +248,7 @@ def run_features(
     blocks = pairs.repartition(target_num_rows_per_block=num_rows) if num_actors > 1 else pairs
     extracted = blocks.map_batches(
         FeatureExtractor,
-        fn_constructor_args=(str(model_path), config, policy),
+        fn_constructor_args=(str(model_path), config, policy, parallel),
         batch_size=num_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=num_actors),

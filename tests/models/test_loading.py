@@ -98,6 +98,14 @@ def test_auto_is_float32_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("bfloat16") == torch.bfloat16
 
 
+def test_auto_follows_the_device_of_the_forward_not_a_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leaves GPUs visible to actors that asked for none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert resolve_dtype("auto", "cpu") == torch.float32
+    assert resolve_dtype("auto", "cuda") == torch.bfloat16
+
+
 def test_lora_trains_only_the_adapter_and_starts_at_the_base(model_dir: Path) -> None:
     prompt, rejected = np.array([3, 4, 5], np.int32), np.array([6, 7], np.int32)
     pair = TokenizedPair(prompt_ids=prompt, chosen_ids=prompt, rejected_ids=rejected)

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raylign.config import FeaturesSection, PolicySection
+from raylign.config import FeaturesSection, PolicySection, RunConfig, TrainSection
+from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
 from raylign.errors import CacheMismatchError, DataError, ModelError
 from raylign.models.loading import load_policy, resolve_model
 from raylign.runtime.features_job import (
@@ -26,6 +27,8 @@ from raylign.runtime.features_job import (
     run_features,
     states_from_column,
 )
+from raylign.runtime.train_worker import WorkerTask, load_policy_forward
+from raylign.training.world import World
 from raylign.types import FEATURE_COLUMNS
 
 NUM_PAIRS = 40
@@ -81,6 +84,34 @@ def test_features_are_transformers_states_and_log_probabilities(model_path: str)
             logits = output.logits[0, len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
             expected_logps = logits.gather(1, ids[0, len(pair.prompt_ids) :, None]).sum().item()
             assert features[f"ref_{half}_logps"][row].as_py() == pytest.approx(expected_logps, rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_policy_starts_at_the_reference_in_bfloat16(model_path: str, adapter: Any, parallel: Any) -> None:
+    """Delta = policy_logps - reference_logps of training's own policy before its first update is 0, not nearly 0."""
+    policy = PolicySection(dtype="bfloat16", adapter=adapter)
+    config = RunConfig(
+        policy=policy,
+        train=TrainSection(parallel=parallel, objective="dpo"),
+        features=FeaturesSection(batch_tokens=256),
+    )
+    table = make_table(12)
+    extractor = FeatureExtractor(model_path, config.features, policy, parallel)
+    features = extractor(table)
+    task = WorkerTask(config=config, pairs="", model=model_path, identity={}, reward=None, metrics="")
+    forward = load_policy_forward(task, World(rank=0, size=1, device=torch.device("cpu"))).train()
+    pairs = pairs_from_table(table)
+    [plan] = plan_micro_batches([pair_tokens(p, extractor.layout) for p in pairs], batch_tokens=256, num_workers=1)
+    for micro_batch in plan:
+        index = list(micro_batch.indices)
+        batch = pack_pairs(
+            [pairs[i] for i in index], layout=extractor.layout, pad_token_id=extractor.pad_token_id, pair_index=index
+        )
+        scores = forward(batch)
+        for half, logps in (("chosen", scores.chosen_logps), ("rejected", scores.rejected_logps)):
+            reference = features[f"ref_{half}_logps"].to_numpy()[index]
+            np.testing.assert_array_equal(logps.detach().numpy(), reference)
 
 
 def test_token_budget_does_not_change_features(model_path: str) -> None:
@@ -146,7 +177,11 @@ def test_key_names_what_features_depend_on(model_path: str, tmp_path: Path) -> N
     assert changed(config=FeaturesSection(batch_tokens=999, num_actors=2, layers=[1, 2, 3, 4, 5, 6])) == set()
     assert changed(config=FeaturesSection(layers=[3])) == {"layers"}
     assert changed(config=FeaturesSection(dtype="float32")) == {"dtype"}
-    assert changed(policy=PolicySection(dtype="bfloat16")) == {"compute_dtype"}
+    assert changed(policy=PolicySection(dtype="bfloat16")) == {"autocast_dtype"}
+    lora = PolicySection(dtype="bfloat16", adapter="lora")
+    assert changed(policy=lora) == {"autocast_dtype", "weights_dtype"}
+    assert changed(policy=lora, parallel="fsdp") == {"autocast_dtype"}
+    assert changed(policy=PolicySection(adapter="lora")) == set()
     assert changed(policy=PolicySection(dtype="float32")) == set()
     assert changed(data_fingerprint="pairs-2") == {"data"}
     copy = Path(shutil.copytree(model_path, tmp_path / "copy"))
