@@ -127,7 +127,6 @@ def _train(task: WorkerTask) -> None:
         table,
         order,
         settings=config.train,
-        confidence=config.confidence,
         packing=packing,
         seed=config.run.seed,
         world=world,

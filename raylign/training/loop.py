@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from raylign.config import ConfidenceSection, TrainSection
+from raylign.config import TrainSection
 from raylign.training.micro_batches import Packing
 from raylign.training.offline import offline_update
 from raylign.training.order import DataOrder
 from raylign.training.state import TrainerState
-from raylign.training.table import PairTable, with_batch_level
+from raylign.training.table import PairTable
 from raylign.training.world import World
 
 RecordCallback = Callable[[dict[str, float]], None]
@@ -22,7 +22,6 @@ def train_offline(
     order: DataOrder,
     *,
     settings: TrainSection,
-    confidence: ConfidenceSection,
     packing: Packing,
     seed: int,
     world: World | None = None,
@@ -36,16 +35,15 @@ def train_offline(
         table: training pairs, the same on every worker.
         order: which pairs each update sees.
         settings: objective, optimiser constants, and how often to record and to checkpoint.
-        confidence: level and floor of a gamma that comes from the data.
         packing: how micro-batches are cut.
         seed: of the run.
         world: this worker.
         on_record: gets the metrics of every `log_every` updates and of the last one.
         on_checkpoint: called after every `checkpoint_every` updates and after the last one, on every worker, with the
-            newest record.
+            record of its own update: means since the last record that `on_record` got.
 
     Returns:
-        The last record; empty when there was nothing left to do.
+        The record of the last update; empty when there was nothing left to do.
 
     Raises:
         TrainingError: the loss or the gradient is not finite.
@@ -54,14 +52,11 @@ def train_offline(
     num_updates = order.num_updates
     state.window.restart_clock()
     while state.update < num_updates:
-        batch = table.batch(order.batch(state.update))
-        if state.live is None and confidence.level == "batch":
-            batch = with_batch_level(batch, floor=confidence.floor)
         summary = offline_update(
             state.policy,
             state.optimizer,
             state.scheduler,
-            batch,
+            table.batch(order.batch(state.update)),
             update=state.update,
             settings=settings,
             packing=packing,
@@ -73,10 +68,14 @@ def train_offline(
         epoch = order.epoch_after(state.update)
         state.update += 1
         is_last = state.update == num_updates
-        if is_last or state.update % settings.log_every == 0:
+        is_logged = is_last or state.update % settings.log_every == 0
+        is_checkpoint = is_last or state.update % settings.checkpoint_every == 0
+        if is_logged or is_checkpoint:
             record = state.window.record(step=state.update, epoch=epoch)
+        if is_logged:
             on_record(record)
-        if is_last or state.update % settings.checkpoint_every == 0:
+            state.window.clear()
+        if is_checkpoint:
             on_checkpoint(state, record)
             state.window.restart_clock()
     return record

@@ -43,7 +43,7 @@ class MetricWindow:
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in totals.items()}
 
     def record(self, *, step: int, epoch: float) -> dict[str, float]:
-        """The record of the window, which starts anew.
+        """The record of the window as it stands.
 
         Args:
             step: updates finished.
@@ -75,8 +75,11 @@ class MetricWindow:
         if self.has_confidence:
             values["confidence/mean"] = sums["confidence"] / pairs
             values["confidence/flips"] = sums["flips"] / pairs
-        self.sums = {}
         return values
+
+    def clear(self) -> None:
+        """Start the next window."""
+        self.sums = {}
 
     def restart_clock(self) -> None:
         """Leave out of the rates what happened since the last update, for example writing a checkpoint."""

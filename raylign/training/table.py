@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,19 +48,6 @@ class PairBatch:
     def num_pairs(self) -> int:
         """B."""
         return len(self.tokens)
-
-
-def with_batch_level(batch: PairBatch, *, floor: float) -> PairBatch:
-    """The batch with one gamma for all pairs, E4 at level "batch": the mean of their logits, then the floor.
-
-    Args:
-        batch: all pairs of one update, with a gamma per pair that no floor has raised.
-        floor: smallest gamma.
-    """
-    if batch.label_confidence is None:
-        return batch
-    gamma = torch.sigmoid(torch.logit(batch.label_confidence.double(), eps=1e-6).mean()).clamp(min=floor)
-    return replace(batch, label_confidence=gamma.float().expand(batch.num_pairs))
 
 
 class PairTable:

@@ -111,7 +111,6 @@ def test_ray_trains_what_a_plain_loop_trains(uninterrupted: Any, model_dir: Path
         PairTable(read_split(pairs_dir, "train")),
         DataOrder(num_pairs=NUM_PAIRS, batch_size=4, seed=0, epochs=2),
         settings=config.train,
-        confidence=config.confidence,
         packing=Packing(layout="shared", pad_token_id=1, batch_tokens=64),
         seed=0,
     )

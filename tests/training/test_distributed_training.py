@@ -80,7 +80,6 @@ def train(
         table,
         order,
         settings=config.train,
-        confidence=config.confidence,
         packing=PACKING,
         seed=0,
         world=world,

@@ -18,9 +18,12 @@ from raylign.config import TrainSection
 from raylign.errors import TrainingError
 from raylign.models.forward import PolicyForward
 from raylign.training.loop import train_offline
+from raylign.training.metrics import MetricWindow
 from raylign.training.micro_batches import Packing
 from raylign.training.offline import UpdateSummary, offline_update
 from raylign.training.optim import build_optimizer, build_scheduler
+from raylign.training.order import DataOrder
+from raylign.training.state import TrainerState
 from raylign.training.table import PairBatch, PairTable
 
 OBJECTIVES = ["dpo", "cdpo", "rdpo", "ipo", "label_confidence"]
@@ -160,11 +163,6 @@ def test_label_confidence_without_a_gamma_is_refused() -> None:
 
 
 def test_training_lowers_the_loss_and_records_trl_names() -> None:
-    from raylign.config import ConfidenceSection
-    from raylign.training.metrics import MetricWindow
-    from raylign.training.order import DataOrder
-    from raylign.training.state import TrainerState
-
     table = PairTable(tiny_table(20))
     settings = TrainSection(objective="dpo", learning_rate=3e-3, epochs=8, batch_size=8, log_every=3)
     order = DataOrder(num_pairs=20, batch_size=8, seed=0, epochs=8)
@@ -181,7 +179,6 @@ def test_training_lowers_the_loss_and_records_trl_names() -> None:
         table,
         order,
         settings=settings,
-        confidence=ConfidenceSection(),
         packing=Packing(layout="shared", pad_token_id=0, batch_tokens=64),
         seed=0,
         on_record=records.append,
@@ -198,3 +195,34 @@ def test_training_lowers_the_loss_and_records_trl_names() -> None:
         *("logps/chosen", "logps/rejected"),
         *("perf/padding_frac", "perf/tokens_per_second", "perf/pairs_per_second"),
     }
+
+
+def test_a_checkpoint_between_records_tells_of_its_own_update_and_moves_no_record() -> None:
+    def train(checkpoint_every: int) -> tuple[list[dict[str, float]], list[tuple[int, dict[str, float]]]]:
+        settings = TrainSection(objective="dpo", max_steps=6, log_every=4, checkpoint_every=checkpoint_every)
+        order = DataOrder(num_pairs=20, batch_size=8, seed=0, epochs=8, max_steps=6)
+        policy = PolicyForward(tiny_model())
+        optimizer = build_optimizer(policy, learning_rate=3e-3, weight_decay=0.0)
+        scheduler = build_scheduler(optimizer, schedule="constant", num_updates=6, warmup_fraction=0.0)
+        records: list[dict[str, float]] = []
+        saved: list[tuple[int, dict[str, float]]] = []
+        train_offline(
+            TrainerState(
+                policy=policy, optimizer=optimizer, scheduler=scheduler, window=MetricWindow(has_confidence=False)
+            ),
+            PairTable(tiny_table(20)),
+            order,
+            settings=settings,
+            packing=Packing(layout="shared", pad_token_id=0, batch_tokens=64),
+            seed=0,
+            on_record=records.append,
+            on_checkpoint=lambda state, record: saved.append((state.update, record)),
+        )
+        return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in records], saved
+
+    rare, _ = train(6)
+    records, saved = train(3)
+    assert records == rare
+    assert [(update, record["step"]) for update, record in saved] == [(3, 3), (6, 6)]
+    assert saved[1][1].items() >= records[-1].items()
+    assert saved[0][1]["num_tokens"] < records[0]["num_tokens"]

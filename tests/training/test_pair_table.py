@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from tiny_run import tiny_pairs, tiny_table, write_pairs
 
 from raylign.errors import DataError, DataNotFoundError
-from raylign.training.table import PairTable, anchor_pairs, count_split, read_split, with_batch_level
+from raylign.training.table import PairTable, anchor_pairs, count_split, read_split
 
 
 def test_rows_are_sorted_by_id_whatever_the_files(tmp_path: Path) -> None:
@@ -79,11 +78,3 @@ def test_anchors_put_the_safe_answer_first() -> None:
 def test_without_safety_labels_anchors_are_the_stored_order(labels: dict[str, pa.Array]) -> None:
     table = tiny_table(0, num_valid=3, **labels)
     assert anchor_pairs(table).equals(table)
-
-
-def test_batch_level_averages_logits_before_the_floor() -> None:
-    batch = PairTable(tiny_table(3, label_confidence=np.array([0.2, 0.5, 0.9], np.float32))).batch(np.arange(3))
-    mean = (np.log(0.2 / 0.8) + np.log(0.9 / 0.1)) / 3
-    gamma = with_batch_level(batch, floor=0.0).label_confidence
-    torch.testing.assert_close(gamma, torch.full((3,), float(1 / (1 + np.exp(-mean)))))
-    assert with_batch_level(batch, floor=0.7).label_confidence.tolist() == pytest.approx([0.7] * 3)

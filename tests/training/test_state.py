@@ -76,7 +76,6 @@ class Trial:
             PairTable(self.table.slice(0, 20)),
             self.order,
             settings=self.settings,
-            confidence=self.confidence,
             packing=PACKING,
             seed=3,
             on_record=lambda record: self.records.update({int(record["step"]): record}),
