@@ -184,7 +184,7 @@ class ResourcesSection(Section):
 
     num_workers: int = Field(1, ge=1, description="training workers")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one training worker")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of one training worker, 0 or at least 1")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of one training worker, 0 or 1")
     start_timeout_s: float = Field(120, gt=0, description="longest wait for workers to start")
 
 
@@ -232,10 +232,10 @@ def check_effects(config: RunConfig) -> None:
             f"data.max_prompt_length={config.data.max_prompt_length} leaves no room for an answer "
             f"within data.max_length={config.data.max_length}"
         )
-    if 0 < config.resources.gpus_per_worker < 1:
+    if config.resources.gpus_per_worker not in (0, 1):
         raise ConfigError(
-            f"resources.gpus_per_worker={config.resources.gpus_per_worker} must be 0 or at least 1: "
-            "NCCL does not share one GPU between workers"
+            f"resources.gpus_per_worker={config.resources.gpus_per_worker:g} must be 0 or 1: "
+            "one process drives one GPU; use more workers (resources.num_workers)"
         )
     if config.data.valid_fraction + config.data.test_fraction >= 1:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
