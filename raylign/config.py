@@ -147,9 +147,11 @@ class TrainSection(Section):
     ipo_tau: float = Field(0.1, gt=0, description="regularisation of ipo; its target margin is 1 / (2 tau)")
     epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after so many updates")
-    batch_size: int = Field(32, ge=1, description="pairs per update over all workers, whatever their number")
+    batch_size: int = Field(16, ge=1, description="pairs per update over all workers, whatever their number")
     batch_tokens: int = Field(4096, ge=64, description="token budget of one micro-batch on one worker")
-    learning_rate: float = Field(1e-4, gt=0, description="peak step of AdamW")
+    learning_rate: float = Field(
+        1e-6, gt=0, description="peak step of AdamW; unless set, 1e-6 (full), 1e-5 (lora) or 5e-5 (embedded model)"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the updates that warm up linearly")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay of matrices")
@@ -210,6 +212,21 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_learning_rate(cls, values: Any) -> Any:
+        """A step that suits the model, unless one was given."""
+        if not isinstance(values, Mapping):
+            return values
+        train, policy = values.get("train", {}), values.get("policy", {})
+        if not isinstance(train, Mapping) or not isinstance(policy, Mapping) or "learning_rate" in train:
+            return values
+        if policy.get("model", EMBEDDED) == EMBEDDED:
+            step = 5e-5
+        else:
+            step = 1e-5 if policy.get("adapter") == "lora" else 1e-6
+        return {**values, "train": {**train, "learning_rate": step}}
 
     @model_validator(mode="after")
     def _keys_have_effect(self) -> RunConfig:

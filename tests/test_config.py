@@ -25,6 +25,21 @@ def test_scientific_notation_is_a_number(tmp_path):
     assert load_config(None, ["train.learning_rate=1e-6"]).train.learning_rate == 1e-6
 
 
+@pytest.mark.parametrize(
+    ("overrides", "step"),
+    [
+        ([], 5e-5),
+        (["policy.model=org/name"], 1e-6),
+        (["policy.model=org/name", "policy.adapter=lora"], 1e-5),
+        (["policy.model=org/name", "train.learning_rate=3e-6"], 3e-6),
+    ],
+)
+def test_learning_rate_suits_the_model_unless_set(overrides, step):
+    config = load_config(None, overrides)
+    assert config.train.learning_rate == step
+    assert yaml.safe_load(to_yaml(config))["train"]["learning_rate"] == step
+
+
 def test_quoted_numbers_stay_text(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("run:\n  name: '2024'\npolicy:\n  model: '1e3'\n")
