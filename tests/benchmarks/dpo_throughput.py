@@ -10,7 +10,8 @@ Sides (float32, the same batches of 8 pairs, AdamW, gradient clipping, linear de
     trl_tuned         precomputed and no gradient checkpointing: the fastest DPOTrainer gets here
 
 Repeats are interleaved and the median of the per-round ratios is reported. "all_in" adds what each side spends on
-reference log-probabilities before training, for one epoch. Peak memory is measured in a fresh process per side: the
+reference log-probabilities before training, for one epoch; "cpu_ratio" compares processor seconds of the updates, for
+machines that do other things meanwhile. Peak memory is measured in a fresh process per side: the
 highest resident set minus the resident set after loading one copy of the model. The last line is JSON.
 """
 
@@ -77,6 +78,7 @@ def summarize(timings: dict[str, list[Timing]], num_pairs: int) -> dict[str, dic
             "pairs_per_s": statistics.median(t.pairs_per_s for t in theirs),
             "reference_s": max(t.reference_s for t in theirs),
             "ratio": statistics.median(a.pairs_per_s / b.pairs_per_s for a, b in zip(ours, theirs, strict=True)),
+            "cpu_ratio": statistics.median(b.cpu_s / a.cpu_s for a, b in zip(ours, theirs, strict=True)),
             "all_in_ratio": statistics.median(
                 all_in_s(b, num_pairs) / all_in_s(a, num_pairs) for a, b in zip(ours, theirs, strict=True)
             ),
