@@ -20,6 +20,7 @@ from raylign.config import RunConfig
 from raylign.errors import CheckpointError, ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.resources import ResourcePlan, check_demand
+from raylign.runtime.stored_pairs import store_pairs
 from raylign.runtime.train_worker import PAIRS, WorkerTask, run_identity, train_worker
 
 if TYPE_CHECKING:
@@ -179,16 +180,11 @@ def _scaling(config: RunConfig) -> ray.train.ScalingConfig:
 
 
 def _materialise(ranked: ray.data.Dataset | str | Path, directory: Path) -> Path:
-    """A directory of parquet files; a Dataset is written once, with the columns that training reads."""
+    """A directory of parquet files; a Dataset is written below the training's directory."""
     if isinstance(ranked, str | Path):
         return Path(ranked).expanduser().absolute()
-    from raylign.training.table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS
-
-    pairs, done = directory / "pairs", directory / "pairs" / "_SUCCESS"
-    if not done.exists():
-        columns = [column for column in ranked.columns() or [] if column in REQUIRED_COLUMNS + OPTIONAL_COLUMNS]
-        ranked.select_columns(columns).write_parquet(str(pairs), mode="overwrite")
-        done.touch()
+    pairs = directory / "pairs"
+    store_pairs(ranked, pairs, is_continued=(directory / _SNAPSHOT).exists())
     return pairs
 
 
