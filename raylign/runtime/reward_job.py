@@ -70,6 +70,7 @@ class FittedReward:
         temperature: calibrates sigmoid(margin / temperature) on out-of-fold pairs, reward units.
         fold_seed: seed of the fold partition.
         metrics: held-out quality, JSON-like; see `fit_reward`.
+        layers: transformer layers of the states, from 1, in the heads' order; None when unknown.
     """
 
     heads: tuple[HybridReward, ...]
@@ -79,6 +80,7 @@ class FittedReward:
     temperature: float
     fold_seed: int
     metrics: dict[str, Any]
+    layers: tuple[int, ...] | None = None
 
     def save(self, directory: Path) -> None:
         """Write `heads.safetensors` and `reward.json`."""
@@ -91,6 +93,7 @@ class FittedReward:
             "full_center": self.full_center,
             "temperature": self.temperature,
             "fold_seed": self.fold_seed,
+            "layers": None if self.layers is None else list(self.layers),
             "metrics": self.metrics,
         }
         write_json(directory / REWARD_FILE, facts)
@@ -119,6 +122,7 @@ class FittedReward:
             temperature=facts["temperature"],
             fold_seed=facts["fold_seed"],
             metrics=facts["metrics"],
+            layers=None if facts.get("layers") is None else tuple(facts["layers"]),
         )
 
 
@@ -169,9 +173,21 @@ def _sample_ids(index: pa.Table, max_pairs: int) -> set[str]:
 
 
 def fit_reward(
-    features: ray.data.Dataset, *, config: RewardSection, confidence: ConfidenceSection, seed: int
+    features: ray.data.Dataset,
+    *,
+    config: RewardSection,
+    confidence: ConfidenceSection,
+    seed: int,
+    layers: tuple[int, ...] | None = None,
 ) -> FittedReward:
     """Fit the hybrid reward on the training split and judge it on the test split.
+
+    Args:
+        features: with states and splits.
+        config: folds, losses and steps.
+        confidence: what the calibration metrics are of.
+        seed: of folds and heads.
+        layers: transformer layers of the states, remembered for confidence.source=live; None when unknown.
 
     Returns:
         Heads and metrics: `out_of_fold_accuracy`, `test_accuracy` (mean, low, high), `test_ece`, `test_brier` and
@@ -179,9 +195,11 @@ def fit_reward(
         `layers` curve, counts, and the chosen epochs.
 
     Raises:
-        DataError: a split without pairs.
+        DataError: a split without pairs, or another number of layers than the states have.
     """
     states = read_states(features, max_pairs=config.max_pairs)
+    if layers is not None and len(layers) != states.chosen.shape[1]:
+        raise DataError(f"the states have {states.chosen.shape[1]} layers, layers={list(layers)} names {len(layers)}")
     chosen, rejected, groups = states.part("train")
     valid_chosen, valid_rejected, valid_groups = states.part("valid")
     test_chosen, test_rejected, test_groups = states.part("test")
@@ -208,6 +226,7 @@ def fit_reward(
         temperature=temperature,
         fold_seed=seed,
         metrics={},
+        layers=layers,
     )
     chosen_reward, rejected_reward = rewards(fitted.full, test_chosen), rewards(fitted.full, test_rejected)
     curve = layer_curve(chosen, rejected, test_chosen=test_chosen, test_rejected=test_rejected, ridge=config.ridge)

@@ -211,7 +211,7 @@ def build_live_confidence(
     """Heads and anchors of confidence.source=live; None when gamma comes from the data or is not read.
 
     Raises:
-        DataError: the pairs lack a gamma, or their folds are not those of the heads.
+        DataError: the pairs lack a gamma, their folds are not those of the heads, or the heads read other layers.
     """
     from raylign.errors import DataError
     from raylign.models.forward import resolve_layers
@@ -230,10 +230,16 @@ def build_live_confidence(
     reward = FittedReward.load(Path(task.reward))
     if table.max_fold >= len(reward.heads):
         raise DataError(f"a pair has fold {table.max_fold}, there are {len(reward.heads)} heads; rerun the rank phase")
+    layers = reward.layers or resolve_layers(config.features.layers, num_layers)
+    if len(layers) != reward.heads[0].num_layers or max(layers) > num_layers:
+        raise DataError(
+            f"the reward heads read {reward.heads[0].num_layers} layers, {list(layers)} of the policy's {num_layers} "
+            "are given to them; set features.layers to what the features phase used, or fit the reward again"
+        )
     anchors = anchor_pairs(read_split(task.pairs, "valid")) if config.confidence.track == "anchor" else None
     return LiveConfidence(
         reward.heads,
-        layers=resolve_layers(config.features.layers, num_layers),
+        layers=layers,
         settings=config.confidence,
         reward=config.reward,
         packing=packing,

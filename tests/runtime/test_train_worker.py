@@ -1,19 +1,30 @@
-"""Parts of a training worker that need no Ray: what identifies a training."""
+"""Parts of a training worker that need no Ray: what identifies a training, and what it builds before it starts."""
 
 from __future__ import annotations
 
 import pytest
-from tiny_run import save_tiny_model
+from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table, write_pairs
 
 from raylign.config import load_config
-from raylign.runtime.train_worker import method_identity, run_identity
+from raylign.errors import DataError
+from raylign.rewards.hybrid import HybridReward
+from raylign.runtime.reward_job import FittedReward
+from raylign.runtime.train_worker import (
+    WorkerTask,
+    build_live_confidence,
+    method_identity,
+    run_identity,
+)
+from raylign.training.micro_batches import Packing
+from raylign.training.table import PairTable, read_split
+from raylign.training.world import World
 
 LIVE = "confidence.source=live"
 
 
 @pytest.mark.parametrize(
     "override",
-    ["train.batch_tokens=128", "train.log_every=1", "train.max_failures=0", "train.parallel=fsdp", "policy.model=/m"],
+    ["train.batch_tokens=128", "train.log_every=1", "train.max_failures=0", "train.parallel=fsdp"],
 )
 def test_settings_that_only_move_cost_identify_nothing(override):
     assert method_identity(load_config(overrides=[override])) == method_identity(load_config())
@@ -38,3 +49,47 @@ def test_the_whole_identity_adds_what_was_read(tmp_path):
     model = save_tiny_model(tmp_path)
     whole = run_identity(load_config(), model=model, reward=None)
     assert whole == method_identity(load_config()) | {"model": whole["model"]}
+
+
+def make_task(tmp_path, *overrides, layers=None, num_head_layers=NUM_LAYERS):
+    first, second, full = (HybridReward(num_head_layers, HIDDEN) for _ in range(3))
+    reward = tmp_path / "reward"
+    reward.mkdir()
+    FittedReward(
+        heads=(first, second),
+        centers=(0.0, 0.0),
+        full=full,
+        full_center=0.0,
+        temperature=1.0,
+        fold_seed=0,
+        metrics={},
+        layers=layers,
+    ).save(reward)
+    return WorkerTask(
+        config=load_config(overrides=list(overrides)),
+        pairs=str(write_pairs(tmp_path / "pairs", tiny_table(4))),
+        model=str(save_tiny_model(tmp_path / "model")),
+        identity={},
+        reward=str(reward),
+        metrics="",
+    )
+
+
+def build_live(task):
+    packing = Packing(layout="shared", pad_token_id=1, batch_tokens=64)
+    return build_live_confidence(task, PairTable(read_split(task.pairs, "train")), packing, World(), num_layers=2)
+
+
+def test_live_heads_read_the_layers_they_were_fitted_on(tmp_path):
+    task = make_task(tmp_path, LIVE, "features.layers=[1]", layers=(2,), num_head_layers=1)
+    assert build_live(task).layers == (2,)
+
+
+def test_without_stored_layers_those_of_the_configuration_are_read(tmp_path):
+    assert build_live(make_task(tmp_path, LIVE, "features.layers=[2]", num_head_layers=1)).layers == (2,)
+
+
+@pytest.mark.parametrize(("layers", "num_head_layers"), [(None, 1), ((1,), 2), ((3,), 1)])
+def test_layers_that_do_not_fit_the_heads_or_the_policy_are_refused(tmp_path, layers, num_head_layers):
+    with pytest.raises(DataError, match=r"reward heads read \d layers.*features\.layers"):
+        build_live(make_task(tmp_path, LIVE, layers=layers, num_head_layers=num_head_layers))
