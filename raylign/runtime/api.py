@@ -172,15 +172,16 @@ def train(
     Returns:
         Ray's result; `result.checkpoint.path` holds `policy/`, a plain HF or PEFT directory.
     """
-    resolved = _config({**(config or {}), "run": {"resume": resume}}, "train", options, seed=seed)
-    root = _directory(storage)
-    heads = None
-    if reward is not None:
-        heads = root / f"{name}-reward"
-        heads.mkdir(exist_ok=True)
-        reward.save(heads)
+    sections = {**(config or {}), "run": {"resume": resume}}
+    sections["policy"] = {**sections.get("policy", {}), "model": model}  # the name that an adapter calls its base
+    resolved = _config(sections, "train", options, seed=seed)
     return run_training(
-        ranked, config=resolved, model_path=resolve_model(model), storage_path=root, name=name, heads=heads
+        ranked,
+        config=resolved,
+        model_path=resolve_model(model),
+        storage_path=_directory(storage),
+        name=name,
+        heads=reward,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray.train
 
-from raylign.config import RunConfig, idle_keys
+from raylign.config import EMBEDDED, RunConfig, idle_keys
 from raylign.errors import RaylignError, TrainingError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class WorkerTask:
         pairs: directory of parquet files with ranked pairs.
         model: directory of the policy before training.
         identity: what checkpoints belong to, see `run_identity`.
+        base: what an adapter calls that model, see `base_model_name`.
         reward: directory of the reward phase, None unless confidence.source=live.
         metrics: file that the first worker appends records to.
     """
@@ -59,6 +60,7 @@ class WorkerTask:
     config: RunConfig
     pairs: str
     model: str
+    base: str | None
     identity: dict[str, Any]
     reward: str | None
     metrics: str
@@ -205,6 +207,21 @@ def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | No
     return PolicyForward(model, autocast_dtype=compute if compute != torch.float32 else None)
 
 
+def base_model_name(name: str, path: str) -> str | None:
+    """What an adapter calls its base: the hub id, which means the same on every machine, or the directory.
+
+    None for a model that is an adapter itself, which has a base already.
+
+    Args:
+        name: policy.model as configured.
+        path: directory that it was resolved to.
+    """
+    if (Path(path) / "adapter_config.json").is_file():
+        return None
+    is_directory = name == EMBEDDED or Path(name).expanduser().is_dir()
+    return path if is_directory else name
+
+
 def build_live_confidence(
     task: WorkerTask, table: PairTable, packing: Packing, world: World, *, num_layers: int
 ) -> LiveConfidence | None:
@@ -302,6 +319,7 @@ class _Reporter:
         self._file = Path(task.metrics)
         self._world = world
         self._identity = identity
+        self._base = task.base
         self._tokenizer = load_tokenizer(task.model, trust_remote_code=task.config.policy.trust_remote_code)
 
     def start(self, update: int) -> None:
@@ -325,7 +343,14 @@ class _Reporter:
 
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
-            save_checkpoint(directory, state, tokenizer=self._tokenizer, identity=self._identity, world=self._world)
+            save_checkpoint(
+                directory,
+                state,
+                tokenizer=self._tokenizer,
+                identity=self._identity,
+                base=self._base,
+                world=self._world,
+            )
             ray.train.report(
                 {**record, "step": state.update},
                 checkpoint=ray.train.Checkpoint.from_directory(directory) if self._world.rank == 0 else None,

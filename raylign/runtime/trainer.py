@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,15 @@ from raylign.config import RunConfig
 from raylign.errors import CheckpointError, ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.resources import ResourcePlan, check_demand
+from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.stored_pairs import store_pairs
-from raylign.runtime.train_worker import PAIRS, WorkerTask, run_identity, train_worker
+from raylign.runtime.train_worker import PAIRS, WorkerTask, base_model_name, run_identity, train_worker
 
 if TYPE_CHECKING:
     import ray.data
 
 METRICS_FILE = "metrics.jsonl"
+REWARD_DIR = "reward"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of finished checkpoints
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _START_RETRIES = 2
@@ -40,14 +43,14 @@ def run_training(
     model_path: str | Path,
     storage_path: str | Path,
     name: str,
-    heads: str | Path | None = None,
+    heads: FittedReward | str | Path | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> ray.train.Result:
     """Train the policy on ranked pairs; the newest checkpoint holds a plain HF or PEFT directory `policy/`.
 
-    Everything is written below `<storage_path>/<name>`: `metrics.jsonl`, checkpoints `step_<update>`, and the pairs
-    when they came as a Dataset. A run found there is continued from its newest checkpoint when `config.run.resume` is
-    set. Ray must be initialised.
+    Everything is written below `<storage_path>/<name>`: `metrics.jsonl`, checkpoints `step_<update>`, the pairs when
+    they came as a Dataset, and the reward when it came as an object. A run found there is continued from its newest
+    checkpoint when `config.run.resume` is set. Ray must be initialised.
 
     Args:
         ranked: pairs with the columns of the rank phase; a directory of parquet files is read in place by all workers.
@@ -55,7 +58,8 @@ def run_training(
         model_path: directory of the policy before training.
         storage_path: directory that all nodes see.
         name: of this training below it.
-        heads: directory of the reward phase; read when confidence.source=live.
+        heads: fitted reward, saved as `reward/` beside the rest, or directory of the reward phase; read when
+            confidence.source=live.
         callbacks: of Ray Train, run on its controller.
 
     Returns:
@@ -71,17 +75,20 @@ def run_training(
     check_demand(plan.training, ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
     if is_live and heads is None:
-        raise ConfigError("confidence.source=live needs the directory of the reward phase (argument heads)")
+        raise ConfigError("confidence.source=live needs the fitted reward or its directory (argument heads)")
     directory = Path(storage_path).expanduser().absolute() / name
-    reward = str(Path(heads).absolute()) if is_live and heads is not None else None
-    identity = run_identity(config, model=model_path, reward=reward)
+    model = str(Path(model_path).absolute())
+    with _reward_directory(heads if is_live else None) as found:
+        identity = run_identity(config, model=model, reward=found)
     _check_resume(directory, config, identity)
     directory.mkdir(parents=True, exist_ok=True)
+    reward = _store_reward(heads, directory) if is_live and heads is not None else None
     pairs = _materialise(ranked, directory)
     task = WorkerTask(
         config=config,
         pairs=str(pairs),
-        model=str(Path(model_path).absolute()),
+        model=model,
+        base=base_model_name(config.policy.model, model),
         identity=identity,
         reward=reward,
         metrics=str(directory / METRICS_FILE),
@@ -166,6 +173,26 @@ def _check_resume(directory: Path, config: RunConfig, identity: Mapping[str, Any
         ) from error
     if checkpoint is not None:
         check_checkpoint(Path(checkpoint.path), identity, unknown=[PAIRS])
+
+
+@contextmanager
+def _reward_directory(heads: FittedReward | str | Path | None) -> Iterator[Path | None]:
+    """Where the files of a reward can be read while the block runs; nothing is written to the run yet."""
+    if not isinstance(heads, FittedReward):
+        yield None if heads is None else Path(heads)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        heads.save(Path(scratch))
+        yield Path(scratch)
+
+
+def _store_reward(heads: FittedReward | str | Path, directory: Path) -> str:
+    """Directory that all workers read the reward from."""
+    if not isinstance(heads, FittedReward):
+        return str(Path(heads).absolute())
+    (directory / REWARD_DIR).mkdir(exist_ok=True)
+    heads.save(directory / REWARD_DIR)
+    return str(directory / REWARD_DIR)
 
 
 def _scaling(config: RunConfig) -> ray.train.ScalingConfig:

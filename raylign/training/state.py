@@ -67,7 +67,13 @@ class TrainerState:
 
 
 def save_checkpoint(
-    directory: Path, state: TrainerState, *, tokenizer: Any, identity: Mapping[str, Any], world: World | None = None
+    directory: Path,
+    state: TrainerState,
+    *,
+    tokenizer: Any,
+    identity: Mapping[str, Any],
+    base: str | None = None,
+    world: World | None = None,
 ) -> None:
     """Write a checkpoint; all workers call it, the first one writes.
 
@@ -76,6 +82,7 @@ def save_checkpoint(
         state: to be saved.
         tokenizer: saved beside the weights.
         identity: JSON-like facts the run is made of (settings, data, model); a resume with others is refused.
+        base: what an adapter calls its base model; None keeps the directory that it was loaded from.
         world: this worker.
     """
     world = world or World()
@@ -86,6 +93,11 @@ def save_checkpoint(
         return
     (directory / _STATE).mkdir(parents=True, exist_ok=True)
     unwrap(state.policy).model.save_pretrained(directory / POLICY, state_dict=weights)
+    adapter = directory / POLICY / "adapter_config.json"
+    if base is not None and adapter.is_file():
+        # Set before, a hub id would make peft ask the hub about it at every checkpoint.
+        content = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+        adapter.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(directory / POLICY)
     training = {
         "optimizer": optimizer_state,

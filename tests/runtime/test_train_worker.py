@@ -11,6 +11,7 @@ from raylign.rewards.hybrid import HybridReward
 from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.train_worker import (
     WorkerTask,
+    base_model_name,
     build_live_confidence,
     method_identity,
     run_identity,
@@ -69,6 +70,7 @@ def make_task(tmp_path, *overrides, layers=None, num_head_layers=NUM_LAYERS):
         config=load_config(overrides=list(overrides)),
         pairs=str(write_pairs(tmp_path / "pairs", tiny_table(4))),
         model=str(save_tiny_model(tmp_path / "model")),
+        base=None,
         identity={},
         reward=str(reward),
         metrics="",
@@ -93,3 +95,11 @@ def test_without_stored_layers_those_of_the_configuration_are_read(tmp_path):
 def test_layers_that_do_not_fit_the_heads_or_the_policy_are_refused(tmp_path, layers, num_head_layers):
     with pytest.raises(DataError, match=r"reward heads read \d layers.*features\.layers"):
         build_live(make_task(tmp_path, LIVE, layers=layers, num_head_layers=num_head_layers))
+
+
+def test_hub_ids_stay_and_directories_are_resolved(tmp_path):
+    assert base_model_name("org/name", "/cache/snapshots/3f") == "org/name"
+    assert base_model_name("embedded", "/package/tiny_chat") == "/package/tiny_chat"
+    assert base_model_name(str(tmp_path), "/resolved") == "/resolved"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert base_model_name("org/adapter", str(tmp_path)) is None

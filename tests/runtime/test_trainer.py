@@ -5,6 +5,7 @@ Real here: Ray, its workers and storage, the kills (a worker by os._exit, a driv
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -127,17 +128,16 @@ def dying_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         from raylign.training import loop
 
         update = loop.offline_update
-        directory = Path(loop_config["task"].metrics).parent
+        marker = Path(loop_config["task"].metrics).with_name("died")
 
         def deadly(*args: Any, **options: Any) -> Any:
-            if options["update"] == 5 and not (directory / "died").exists():
-                deadline = time.monotonic() + 60  # dying earlier could lose the checkpoint, rightly
-                while not (directory / "checkpoint_manager_snapshot.json").exists() and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                os.close(os.open(directory / "died", os.O_CREAT | os.O_EXCL))
-                os._exit(1)
-            with (directory / "updates").open("a") as done:
-                done.write(f"{options['update']} ")
+            if options["update"] == 5:
+                try:
+                    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    pass
+                else:
+                    os._exit(1)
             return update(*args, **options)
 
         loop.offline_update = deadly
@@ -153,7 +153,7 @@ def test_a_killed_worker_costs_no_bit(
     uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
 ) -> None:
     result = run(make_config("train.max_failures=1"), model_dir, pairs_dir, tmp_path)
-    assert (tmp_path / "train" / "updates").read_text() == "0 1 2 3 4 3 4 5 6 7 8 9 "
+    assert (tmp_path / "train" / "died").exists()
     assert_bitwise(weights(result), uninterrupted[0])
     assert records(tmp_path) == uninterrupted[1]
 
@@ -293,14 +293,18 @@ def test_live_confidence_follows_anchors(ray_cluster: None, model_dir: Path, pai
         fold_seed=0,
         metrics={},
     )
-    (tmp_path / "reward").mkdir()
-    fitted.save(tmp_path / "reward")
     live = ["confidence.source=live", "confidence.track=anchor", "confidence.track_batch_size=3"]
-    result = run(make_config(*live), model_dir, pairs_dir, tmp_path, heads=tmp_path / "reward")
+    result = run(make_config(*live), model_dir, pairs_dir, tmp_path, heads=fitted)
     assert 0 < result.metrics["confidence/mean"] < 1
     state = torch.load(Path(result.checkpoint.path) / "trainer_state" / "training.pt", weights_only=True)
     assert len(state["live"]["heads"]) == 2
     assert not torch.equal(state["live"]["heads"][0]["probe_weight"], heads[0].probe_weight)
+
+    others = dataclasses.replace(fitted, heads=heads[1::-1])
+    with pytest.raises(CheckpointError, match="heads: was"):
+        run(make_config(*live, "run.resume=true"), model_dir, pairs_dir, tmp_path, heads=others)
+    kept = FittedReward.load(tmp_path / "train" / "reward").heads[0]
+    assert torch.equal(kept.probe_weight, heads[0].probe_weight)
 
     with pytest.raises(ConfigError, match="heads"):
         run(make_config(*live), model_dir, pairs_dir, tmp_path, name="other")

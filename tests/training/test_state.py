@@ -68,7 +68,11 @@ class Trial:
         def on_checkpoint(state: TrainerState, _: Any) -> None:
             if state.update in targets:
                 save_checkpoint(
-                    targets[state.update], state, tokenizer=load_tokenizer(self.model_dir), identity=IDENTITY
+                    targets[state.update],
+                    state,
+                    tokenizer=load_tokenizer(self.model_dir),
+                    identity=IDENTITY,
+                    base="org/base",
                 )
 
         train_offline(
@@ -201,6 +205,9 @@ def test_plain_peft_loads_the_trained_adapter(model_dir: Path, tmp_path: Path) -
         assert torch.equal(loaded(ids).logits, state.policy.model.eval()(ids).logits)
         assert not torch.allclose(loaded(ids).logits, initial, atol=1e-2)
     assert not (tmp_path / "last" / POLICY / "model.safetensors").exists()
+    stored = json.loads((tmp_path / "last" / POLICY / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == "org/base"  # and not the directory on this machine
+    check_checkpoint(tmp_path / "last", IDENTITY)
 
 
 @pytest.fixture
