@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from raylign.data.tokenization import end_of_response_id
 from raylign.errors import ModelError
@@ -172,23 +173,36 @@ def _generate(
     mask_BL = torch.tensor([[0] * num + [1] * len(row) for num, row in zip(padding, rows, strict=True)])
     ends = end_token_ids(model, tokenizer)
     noise = [GumbelNoise(seeds, temperature=temperature, device=device)] if temperature > 0 else []
-    output_BL = model.generate(
-        input_ids=input_ids_BL.to(device),
-        attention_mask=mask_BL.to(device),
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         num_beams=1,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList(noise),
         use_cache=True,
     )
+    with _own_settings(model, settings):
+        output_BL = model.generate(
+            input_ids=input_ids_BL.to(device),
+            attention_mask=mask_BL.to(device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(noise),
+        )
     for ids in output_BL[:, width:].tolist():
         end = next((position for position, token in enumerate(ids) if token in ends), None)
         yield (ids, False) if end is None else (ids[: end + 1], True)
+
+
+@contextmanager
+def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Hide the checkpoint's generation settings: transformers fills what is not set from them (repetition_penalty)."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stored = causal_lm.generation_config
+    causal_lm.generation_config = settings
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = stored
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

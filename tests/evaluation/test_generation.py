@@ -88,6 +88,17 @@ def test_end_token_ends_an_answer(model, tokenizer, monkeypatch):
     assert cut.response_ids == uncut.response_ids[: uncut.response_ids.index(end) + 1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_settings_stored_with_the_checkpoint_do_not_bend_the_distribution(model, tokenizer, monkeypatch, temperature):
+    plain = sample(model, tokenizer, temperature=temperature, max_new_tokens=24)
+    stored = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "top_k": 2, "min_new_tokens": 20}
+    for name, value in stored.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    bent = sample(model, tokenizer, temperature=temperature, max_new_tokens=24)
+    assert [a.response_ids for a in bent] == [a.response_ids for a in plain]
+    assert model.generation_config.repetition_penalty == 3.0
+
+
 def test_samples_of_a_prompt_differ_and_stand_together(model, tokenizer):
     answers = sample(model, tokenizer, num_samples=2, batch_size=3)
     assert [(a.prompt_index, a.sample_index) for a in answers] == [(i, s) for i in range(4) for s in (0, 1)]
