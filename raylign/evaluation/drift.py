@@ -4,7 +4,7 @@ Re-ranking replaces sampling on the hypothesis that training changes which candi
 it changes what the policy says. Both halves are measured on the same candidates: the order by Kendall's tau, the
 distribution by a histogram divergence held against what chance alone gives.
 
-Shape letters: P prompts, K candidates, S fresh samples, M = P * K pooled candidates.
+Shape letters: P prompts, K candidates, S fresh samples per prompt, M = P * K pooled candidates.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class DriftReport:
         js_divergence: Jensen-Shannon divergence of the pooled histograms at step 0 and now, nats, at most log 2.
         js_null_limit: 95 % quantile of that divergence between random halves of the step-0 sample.
         num_bins: bins of the histograms.
-        kl: Monte-Carlo KL(policy now || reference) in nats per response, from fresh samples; None without any.
+        kl: Monte-Carlo KL(policy now || reference) in nats per response, from fresh samples, bootstrapped over prompts;
+            None without any.
         num_prompts: P.
         num_candidates: K.
         verdict: "hypothesis holds", "order unchanged" or "candidates are stale".
@@ -88,14 +89,15 @@ def measure_drift(
         policy_mean_logps: of the same candidates now. Shape (P, K).
         num_samples: bootstrap resamples and null splits.
         generator: source of both.
-        fresh_policy_logps: summed log-probabilities of answers sampled from the policy now. Shape (S,).
-        fresh_reference_logps: of the same answers under the reference. Shape (S,).
+        fresh_policy_logps: summed log-probabilities of answers sampled from the policy now, S per prompt. Shape
+            (P, S).
+        fresh_reference_logps: of the same answers under the reference. Shape (P, S).
 
     Returns:
         The report.
 
     Raises:
-        ShapeError: inputs disagree in shape, or fewer than 2 candidates a prompt.
+        ShapeError: inputs disagree in shape or number of prompts, or fewer than 2 candidates a prompt.
         DataError: no prompt, a value that is not finite, or one of the two fresh arrays alone.
 
     Source: check of the assumption of arXiv:2503.10093, reconstructed; see docs/math.md.
@@ -122,8 +124,15 @@ def measure_drift(
         verdict = "order unchanged"
     kl = None
     if fresh_policy_logps is not None and fresh_reference_logps is not None:
-        log_ratio_S = np.asarray(fresh_policy_logps, np.float64) - np.asarray(fresh_reference_logps, np.float64)
-        kl = bootstrap_mean(log_ratio_S, num_samples=num_samples, generator=generator)
+        policy_PS, reference_PS = np.asarray(fresh_policy_logps), np.asarray(fresh_reference_logps)
+        if policy_PS.ndim != 2 or policy_PS.shape != reference_PS.shape or len(policy_PS) != len(before_PK):
+            raise ShapeError(
+                f"fresh log-probabilities {policy_PS.shape} and {reference_PS.shape} must be (P, S) "
+                f"with P={len(before_PK)}"
+            )
+        # samples of one prompt share its difficulty, so the prompt is what the bootstrap draws
+        log_ratio_P = (policy_PS.astype(np.float64) - reference_PS).mean(axis=1)
+        kl = bootstrap_mean(log_ratio_P, num_samples=num_samples, generator=generator)
     return DriftReport(
         kendall_tau=tau,
         rank_drift=rank_drift,

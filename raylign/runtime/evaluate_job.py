@@ -213,8 +213,8 @@ def check_drift(
         columns["policy_mean_logps"],
         num_samples=config.bootstrap_samples,
         generator=np.random.default_rng(seed),
-        fresh_policy_logps=columns["fresh_policy_logps"].ravel(),
-        fresh_reference_logps=columns["fresh_reference_logps"].ravel(),
+        fresh_policy_logps=columns["fresh_policy_logps"],
+        fresh_reference_logps=columns["fresh_reference_logps"],
     )
 
 

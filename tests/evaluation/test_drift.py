@@ -100,12 +100,24 @@ def test_identical_candidates_do_not_count_as_change():
 
 def test_fresh_samples_give_the_divergence_from_the_reference(before):
     """Samples of N(m, 1) against N(0, 1): KL is m^2 / 2."""
-    sample = np.random.default_rng(6).normal(2.0, 1.0, 20_000)
+    sample = np.random.default_rng(6).normal(2.0, 1.0, (NUM_PROMPTS, 500))
     fresh = {"fresh_policy_logps": -0.5 * (sample - 2) ** 2, "fresh_reference_logps": -0.5 * sample**2}
     report = measured(before, before, **fresh)
     assert report.kl.mean == pytest.approx(2.0, abs=0.05)
     assert report.kl.low < 2.0 < report.kl.high
     assert measured(before, before).kl is None
+
+
+def test_samples_of_one_prompt_are_not_independent(before):
+    """Log-ratios that are 0 on half of the prompts and 1 on the others, for every sample of a prompt.
+
+    The mean over 40 prompts has the standard error 0.5 / sqrt(40); taking all 40 x 8 samples for independent would make
+    it smaller by sqrt(8).
+    """
+    log_ratio = np.repeat(np.arange(NUM_PROMPTS)[:, None] % 2, NUM_CANDIDATES, axis=1).astype(float)
+    kl = measured(before, before, fresh_policy_logps=log_ratio, fresh_reference_logps=0 * log_ratio).kl
+    assert (kl.mean, kl.num_items) == (0.5, NUM_PROMPTS)
+    assert kl.high - kl.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(NUM_PROMPTS), rel=0.15)
 
 
 def test_report_is_frozen_and_repeats_under_its_seed(before):
@@ -126,3 +138,5 @@ def test_bad_inputs_are_refused(before):
         measured(before[:0], before[:0])
     with pytest.raises(DataError, match="both the policy and the reference"):
         measured(before, before, fresh_policy_logps=np.zeros(3))
+    with pytest.raises(ShapeError, match=r"\(P, S\) with P=40"):
+        measured(before, before, fresh_policy_logps=np.zeros(320), fresh_reference_logps=np.zeros(320))
