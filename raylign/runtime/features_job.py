@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +208,8 @@ def run_features(
 ) -> ray.data.Dataset:
     """Add `FEATURE_COLUMNS` to every pair, or read them from the cache directory when it was made from the same inputs.
 
-    One job at a time may work on a directory. An interrupted job leaves nothing in it and is redone from the start.
+    Several jobs may want one directory: each works beside it, the first to finish fills it, the others read that. A job
+    that fails leaves nothing behind.
 
     Args:
         pairs: ingested pairs, cheap to count (parquet or materialised). All their columns are kept.
@@ -227,19 +229,35 @@ def run_features(
         DataError: rows were lost on the way.
         ModelError: the model cannot be used.
     """
-    import ray.data
-
-    from raylign.runtime.phases import versions, write_json
-
     directory = Path(output_dir).expanduser().absolute()
     key = features_key(
         config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint, parallel=parallel
     )
     if _is_cached(directory, key):
         return read_features(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # a name of its own, because another run with the same key may be at work in the same storage
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
+    try:
+        _extract(pairs, partial, key, config, (str(model_path), config, policy, parallel), show_progress)
+        _publish(partial, directory, key)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already unless the job failed or came second
+    return read_features(directory)
+
+
+def _extract(
+    pairs: ray.data.Dataset,
+    partial: Path,
+    key: Mapping[str, Any],
+    config: FeaturesSection,
+    extractor_args: tuple[Any, ...],
+    show_progress: bool,
+) -> None:
+    import ray.data
+
+    from raylign.runtime.phases import versions, write_json
+
     num_pairs = pairs.count()
     start = time.monotonic()
     num_rows = max(1, min(_ROWS_PER_CALL, num_pairs // config.num_actors))  # of one call, so that every actor has one
@@ -248,7 +266,7 @@ def run_features(
     blocks = pairs.repartition(target_num_rows_per_block=num_rows) if num_actors > 1 else pairs
     extracted = blocks.map_batches(
         FeatureExtractor,
-        fn_constructor_args=(str(model_path), config, policy, parallel),
+        fn_constructor_args=extractor_args,
         batch_size=num_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -261,13 +279,22 @@ def run_features(
         extracted.write_parquet(str(partial / _ROWS), compression="zstd", use_dictionary=False)
     num_written = sum(pq.read_metadata(file).num_rows for file in _files(partial))
     if num_written != num_pairs:
-        raise DataError(f"feature extraction was given {num_pairs} pairs and wrote {num_written}; {partial} is kept")
+        raise DataError(f"feature extraction was given {num_pairs} pairs and wrote {num_written}")
     facts = {"num_pairs": num_pairs, "seconds": time.monotonic() - start, "versions": versions()}
     write_json(partial / MANIFEST, {"key": key, **facts})
-    if directory.exists():
-        directory.rmdir()  # _is_cached saw that it is empty
-    partial.rename(directory)
-    return read_features(directory)
+
+
+def _publish(partial: Path, directory: Path, key: Mapping[str, Any]) -> None:
+    """Rename in one step; a finished one with the same key that came first stays.
+
+    Raises:
+        CacheMismatchError: somebody else's directory came first.
+    """
+    try:
+        partial.rename(directory)  # replaces an empty directory
+    except OSError:
+        if not _is_cached(directory, key):
+            raise
 
 
 def read_features(directory: str | Path) -> ray.data.Dataset:

@@ -19,6 +19,7 @@ from raylign.config import FeaturesSection, PolicySection, RunConfig, TrainSecti
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
 from raylign.errors import CacheMismatchError, DataError, ModelError
 from raylign.models.loading import load_policy, resolve_model
+from raylign.runtime import features_job
 from raylign.runtime.features_job import (
     FeatureExtractor,
     features_key,
@@ -198,9 +199,6 @@ def test_job_equals_the_plain_path_and_is_not_done_twice(
 
     table, cache = make_table(), tmp_path / "cache"
     dataset = ray.data.from_arrow([table.slice(0, 13), table.slice(13)])
-    # a crashed job's leftovers must neither be used nor be in the way
-    (tmp_path / ".cache.partial" / "rows").mkdir(parents=True)
-    (tmp_path / ".cache.partial" / "rows" / "half.parquet").write_bytes(b"half a file")
     job = to_table(run_features(dataset, **options(model_path, cache)))
 
     assert job.column_names == [*table.column_names, *FEATURE_COLUMNS]
@@ -213,11 +211,51 @@ def test_job_equals_the_plain_path_and_is_not_done_twice(
         np.testing.assert_allclose(job[name], plain[name], rtol=1e-5)
     manifest = json.loads((cache / "manifest.json").read_text())
     assert manifest["num_pairs"] == NUM_PAIRS
-    assert not (tmp_path / ".cache.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
     monkeypatch.setattr(dataset, "count", lambda: pytest.fail("the cached features were computed again"))
     again = run_features(dataset, **options(model_path, cache, config=FeaturesSection(batch_tokens=512)))
     assert to_table(again).equals(job)
+
+
+def write_features(partial: Path, key: dict[str, Any], writer: str) -> None:
+    (partial / "rows").mkdir()
+    (partial / "rows" / "0.parquet").write_text(writer)
+    (partial / "manifest.json").write_text(json.dumps({"key": key}))
+
+
+def test_two_jobs_of_one_key_do_not_touch_each_other(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second job starts and finishes in the middle of the first: it wins, and the first takes its features."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(features_job, "read_features", lambda directory: (directory / "rows/0.parquet").read_text())
+
+    def extract(pairs: Any, partial: Path, key: dict[str, Any], *_: Any) -> None:
+        write_features(partial, key, writer=pairs)
+        if pairs == "first":
+            assert run_features("second", **options(model_path, cache)) == "second"
+            assert (partial / "rows" / "0.parquet").read_text() == "first"
+
+    monkeypatch.setattr(features_job, "_extract", extract)
+    assert run_features("first", **options(model_path, cache)) == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_failed_job_removes_only_what_it_wrote(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / ".cache.another.partial"
+    other.mkdir()
+
+    def extract(pairs: Any, partial: Path, *_: Any) -> None:
+        (partial / "rows").mkdir()
+        raise DataError("lost")
+
+    monkeypatch.setattr(features_job, "_extract", extract)
+    with pytest.raises(DataError, match="lost"):
+        run_features(None, **options(model_path, tmp_path / "cache"))
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_other_inputs_are_refused_by_name(model_path: str, tmp_path: Path) -> None:
