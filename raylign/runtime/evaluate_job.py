@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,7 @@ def save_drift(path: Path, report: DriftReport) -> None:
 
 
 def _take(dataset: ray.data.Dataset) -> list[dict[str, Any]]:
-    with execution(dataset):
+    with execution(dataset, show_progress=sys.stderr.isatty()):
         rows: list[dict[str, Any]] = dataset.take_all()
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ class _Phases:
                 model_path=self.model,
                 output_dir=cache,
                 data_fingerprint=fingerprint,
+                show_progress=sys.stderr.isatty(),
             )
             return {"cache": str(cache), "is_reused": is_reused}
 
