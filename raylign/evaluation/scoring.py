@@ -128,7 +128,7 @@ class RewardScorer:
     """The run's reward of texts: reward head on the reference model's states at the end-of-response token.
 
     Args:
-        model: the reference, on its device.
+        forward: the reference, on its device, in the number types of the features.
         tokenizer: of the reference.
         head: (N, L, D) states -> (N,) rewards, for example `HybridReward`, on any device.
         layers: the layers that the head was fitted on.
@@ -138,7 +138,7 @@ class RewardScorer:
 
     def __init__(
         self,
-        model: nn.Module,
+        forward: PolicyForward,
         tokenizer: PreTrainedTokenizerBase,
         head: nn.Module,
         *,
@@ -146,7 +146,7 @@ class RewardScorer:
         layout: Layout,
         batch_tokens: int = 4096,
     ) -> None:
-        self._forward = PolicyForward(model)
+        self._forward = forward
         self._tokenizer = tokenizer
         self._end_id = end_of_response_id(tokenizer)
         self._head = head

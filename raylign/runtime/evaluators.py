@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from raylign.config import EvaluateSection
+from raylign.config import EvaluateSection, PolicySection
 from raylign.evaluation.generation import GeneratedResponse, generate_responses
 from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.prompts import EvaluationPrompt
@@ -17,6 +17,7 @@ from raylign.evaluation.refusal import LabelledResponse, is_refusal
 from raylign.evaluation.scoring import RewardFn, score_responses
 from raylign.models.forward import PolicyForward
 from raylign.models.loading import load_policy, load_tokenizer, resolve_layout, resolve_model
+from raylign.models.numerics import Parallel, actor_device, compute_type
 from raylign.types import Message
 
 LABELS = ""  # in place of a model's name: rows of labelled answers that only the judge looks at
@@ -32,6 +33,8 @@ class ActorOptions:
         num_gpus: GPUs of one actor.
         dtype: compute type of the policies.
         trust_remote_code: run code shipped inside model directories.
+        adapter: `policy.adapter` and
+        parallel: `train.parallel` of the training, which decide the number types of rewards.
     """
 
     num_actors: int = 1
@@ -39,6 +42,13 @@ class ActorOptions:
     num_gpus: float = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     trust_remote_code: bool = False
+    adapter: Literal["full", "lora"] = "full"
+    parallel: Parallel = "ddp"
+
+    @property
+    def policy(self) -> PolicySection:
+        """What decides number types and loading, as a section of the configuration."""
+        return PolicySection(dtype=self.dtype, adapter=self.adapter, trust_remote_code=self.trust_remote_code)
 
 
 class Evaluator:
@@ -73,7 +83,7 @@ class Evaluator:
         self._options = options
         self._judge = SafetyJudge(
             config.judge,
-            device=_device(options),
+            device=actor_device(options.num_gpus),
             batch_size=config.batch_size,
             trust_remote_code=options.trust_remote_code,
         )
@@ -205,10 +215,6 @@ class DriftScorer:
         return values.reshape(-1, self._config.drift_candidates)
 
 
-def _device(options: ActorOptions) -> str:
-    return "cuda" if options.num_gpus else "cpu"
-
-
 def _limit_threads(options: ActorOptions) -> None:
     """As many threads as CPUs were asked for: more than there are makes two actors an order of magnitude slower."""
     if not options.num_gpus:
@@ -216,6 +222,7 @@ def _limit_threads(options: ActorOptions) -> None:
 
 
 def _load(path: str, options: ActorOptions) -> tuple[Any, Any]:
-    directory = resolve_model(path)
-    model = load_policy(directory, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    return model.to(_device(options)), load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
+    directory, device = resolve_model(path), actor_device(options.num_gpus)
+    dtype = compute_type(options.dtype, device)
+    model = load_policy(directory, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    return model.to(device), load_tokenizer(directory, trust_remote_code=options.trust_remote_code)

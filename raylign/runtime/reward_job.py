@@ -29,6 +29,8 @@ from raylign.runtime.phases import write_json
 if TYPE_CHECKING:
     import ray.data
 
+    from raylign.runtime.evaluators import ActorOptions
+
 HEADS_FILE = "heads.safetensors"
 REWARD_FILE = "reward.json"
 FULL = -1  # fold number of pairs that no head was fitted on: the head of all training pairs scores them
@@ -359,24 +361,30 @@ def _score(
     return {**out, "fold": fold.numpy().astype(np.int16), "weight": np.ones(len(fold), np.float32)}
 
 
-def make_reward_scorer(model_path: str, reward_dir: str, layers: tuple[int, ...]) -> RewardScorer:
+def make_reward_scorer(
+    model_path: str, reward_dir: str, layers: tuple[int, ...], options: ActorOptions | None = None
+) -> RewardScorer:
     """The run's reward of texts: the head of all training pairs on the reference model's states.
 
     Args:
         model_path: directory of the reference.
         reward_dir: what `FittedReward.save` wrote.
         layers: transformer layers that the heads were fitted on.
+        options: the actor that scores; its number types must be those of the features.
     """
-    from raylign.models.loading import load_policy, load_tokenizer, resolve_layout
+    from raylign.models.loading import load_tokenizer, resolve_layout
+    from raylign.models.numerics import actor_device, load_reference
+    from raylign.runtime.evaluators import ActorOptions
 
-    model = load_policy(model_path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = options or ActorOptions()
+    device = actor_device(options.num_gpus)
+    forward = load_reference(model_path, options.policy, device, parallel=options.parallel)
     return RewardScorer(
-        model.to(device),
-        load_tokenizer(model_path),
+        forward,
+        load_tokenizer(model_path, trust_remote_code=options.trust_remote_code),
         FittedReward.load(Path(reward_dir)).full.to(device),
         layers=layers,
-        layout=resolve_layout("auto", model.config),
+        layout=resolve_layout("auto", forward.causal_lm.config),
     )
 
 

@@ -73,7 +73,7 @@ def test_reward_reads_the_state_at_the_end_token(model):
         def forward(self, states):
             return self.weight * states[:, 0, 3]
 
-    scorer = RewardScorer(model, tokenizer, Head(), layers=(2,), layout="shared")
+    scorer = RewardScorer(PolicyForward(model), tokenizer, Head(), layers=(2,), layout="shared")
     prompt = (Message(role="user", content="Hi"),)
     rewards = scorer([prompt, prompt], ["Hello there", ""])
     for reward, text in zip(rewards, ["Hello there", ""], strict=True):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from raylign.assets import asset_path
-from raylign.config import EvaluateSection
+from raylign.config import EvaluateSection, FeaturesSection
 from raylign.errors import DataError, ModelError
 from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.prompts import load_prompts, select_prompts
 from raylign.evaluation.refusal import load_refusal_labels
+from raylign.models.numerics import actor_device
+from raylign.rewards.hybrid import HybridReward
+from raylign.runtime import evaluators, reward_job
 from raylign.runtime.evaluate_job import (
     check_drift,
     evaluate_models,
@@ -32,6 +36,7 @@ from raylign.runtime.evaluate_job import (
     save_drift,
 )
 from raylign.runtime.evaluators import ActorOptions, DriftScorer, Evaluator
+from raylign.runtime.features_job import FeatureExtractor
 from raylign.types import Message
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -193,6 +198,29 @@ def test_candidates_do_not_depend_on_the_trained_policy(section, policies):
     np.testing.assert_array_equal(same["reference_mean_logps"], other["reference_mean_logps"])
     assert same["reference_mean_logps"].shape == (1, 3)
     np.testing.assert_array_equal(same["policy_mean_logps"], same["reference_mean_logps"])
+
+
+def test_actors_without_a_gpu_stay_off_the_one_they_see(monkeypatch, section, policies):
+    """A pretended GPU: had the actor believed in it, its dtype would be bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    model, _ = evaluators._load(str(policies["before"]), ActorOptions(dtype="auto", num_gpus=0))
+    assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+    assert actor_device(0.5) == "cuda"
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_rewards_have_the_number_types_of_the_features(policies, tmp_path, adapter, monkeypatch):
+    options = ActorOptions(dtype="bfloat16", adapter=adapter)
+    head = HybridReward(1, 16)
+    fitted = SimpleNamespace(full=head)
+    monkeypatch.setattr(reward_job.FittedReward, "load", lambda _: fitted)
+    scorer = reward_job.make_reward_scorer(str(policies["before"]), str(tmp_path), (1,), options=options)
+    features = FeatureExtractor(str(policies["before"]), FeaturesSection(), options.policy)
+    for forward in (scorer._forward, features.forward):
+        assert forward.autocast_dtype == torch.bfloat16
+        weights = torch.float32 if adapter == "full" else torch.bfloat16
+        assert {parameter.dtype for parameter in forward.parameters()} == {weights}
 
 
 def test_inputs_follow_the_content_of_prompts_and_judge(tmp_path, section, judge):
