@@ -21,6 +21,8 @@ class Demand:
         num_cpus: CPUs of each.
         num_gpus: GPUs of each.
         keys: config keys that decide it, named in the cure.
+        spare_cpus: CPUs that must stay free for tasks beside the actors: Ray Data's reads and writes ask for one, and
+            actors that hold every CPU while they wait for rows wait for ever.
     """
 
     role: str
@@ -28,6 +30,7 @@ class Demand:
     num_cpus: float
     num_gpus: float
     keys: str
+    spare_cpus: float = 0
 
     def total(self, resource: str) -> float:
         """CPUs ("CPU") or GPUs ("GPU") of the whole group."""
@@ -41,10 +44,12 @@ class ResourcePlan:
     Attributes:
         features: actors that hold the reference model.
         training: training workers. The controller of Ray Train asks for no CPU.
+        evaluation: actors that answer and judge, each as large as a feature actor. Their rows come from the driver.
     """
 
     features: Demand
     training: Demand
+    evaluation: Demand
 
     @classmethod
     def from_config(cls, config: RunConfig) -> ResourcePlan:
@@ -56,6 +61,7 @@ class ResourcePlan:
                 num_cpus=config.features.cpus_per_actor,
                 num_gpus=config.features.gpus_per_actor,
                 keys="features.num_actors, features.cpus_per_actor or features.gpus_per_actor",
+                spare_cpus=1 if config.features.num_actors > 1 else 0,
             ),
             training=Demand(
                 role="training worker",
@@ -64,12 +70,19 @@ class ResourcePlan:
                 num_gpus=config.resources.gpus_per_worker,
                 keys="resources.num_workers, resources.cpus_per_worker or resources.gpus_per_worker",
             ),
+            evaluation=Demand(
+                role="evaluation actor",
+                num_actors=config.evaluate.num_actors,
+                num_cpus=config.features.cpus_per_actor,
+                num_gpus=config.features.gpus_per_actor,
+                keys="evaluate.num_actors, features.cpus_per_actor or features.gpus_per_actor",
+            ),
         )
 
     @property
-    def demands(self) -> tuple[Demand, Demand]:
+    def demands(self) -> tuple[Demand, ...]:
         """All groups, in the order of the phases."""
-        return self.features, self.training
+        return self.features, self.training, self.evaluation
 
 
 def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
@@ -102,6 +115,12 @@ def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] 
                 f"{demand.num_actors} {demand.role}(s) x {each:g} {resource} ask for {asked:g} {resource}, the cluster "
                 f"has {there:g}; lower {demand.keys}, or add nodes"
             )
+    if demand.spare_cpus and demand.total("CPU") + demand.spare_cpus > cluster.get("CPU", 0.0) + 1e-9:
+        raise ResourceError(
+            f"{demand.num_actors} {demand.role}(s) x {demand.num_cpus:g} CPU leave less than {demand.spare_cpus:g} of "
+            f"the cluster's {cluster.get('CPU', 0.0):g} CPU to the tasks that read and write their rows, which would "
+            f"wait for ever; lower {demand.keys} (fractions are allowed), or add nodes"
+        )
     if nodes:
         slots = sum(_slots(demand, node) for node in nodes)
         if slots < demand.num_actors:

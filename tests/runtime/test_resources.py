@@ -6,7 +6,7 @@ import pytest
 
 from raylign.config import load_config
 from raylign.errors import ResourceError
-from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.resources import ResourcePlan, check_demand, check_plan
 
 
 def plan(*overrides: str) -> ResourcePlan:
@@ -21,7 +21,15 @@ def test_totals_are_actors_times_each() -> None:
 
 
 def test_phases_follow_each_other_so_the_largest_must_fit() -> None:
-    check_plan(plan("resources.num_workers=2", "features.num_actors=2"), {"CPU": 2.0}, [{"CPU": 2.0}])
+    check_plan(plan("resources.num_workers=2", "evaluate.num_actors=2"), {"CPU": 2.0}, [{"CPU": 2.0}])
+
+
+def test_feature_actors_leave_a_cpu_to_the_tasks_that_feed_them() -> None:
+    """Two actors on two CPUs were admitted and then waited for rows that no CPU was left to read."""
+    with pytest.raises(ResourceError, match=r"2 feature actor\(s\) x 1 CPU leave less than 1 of the cluster's 2 CPU"):
+        check_plan(plan("features.num_actors=2"), {"CPU": 2.0}, [{"CPU": 2.0}])
+    check_plan(plan("features.num_actors=2", "features.cpus_per_actor=0.5"), {"CPU": 2.0}, [{"CPU": 2.0}])
+    check_plan(plan("features.num_actors=2"), {"CPU": 3.0}, [{"CPU": 3.0}])
 
 
 @pytest.mark.parametrize(
@@ -29,6 +37,7 @@ def test_phases_follow_each_other_so_the_largest_must_fit() -> None:
     [
         (["resources.num_workers=5"], r"5 training worker\(s\) x 1 CPU ask for 5 CPU, the cluster has 4; lower res"),
         (["features.num_actors=9"], r"9 feature actor\(s\) x 1 CPU ask for 9 CPU, the cluster has 4; lower features"),
+        (["evaluate.num_actors=6"], r"6 evaluation actor\(s\) x 1 CPU ask for 6 CPU, the cluster has 4; lower evalu"),
         (["resources.gpus_per_worker=1"], r"1 training worker\(s\) x 1 GPU ask for 1 GPU, the cluster has 0"),
     ],
 )
@@ -45,9 +54,7 @@ def test_an_actor_is_not_spread_over_two_nodes() -> None:
 
 
 def test_tenths_of_a_cpu_add_up() -> None:
-    check_plan(plan("features.num_actors=3", "features.cpus_per_actor=0.1"), {"CPU": 1.0}, [{"CPU": 1.0}])
-    check_plan(
-        plan("resources.num_workers=3", "resources.cpus_per_worker=0.1", "features.cpus_per_actor=0.1"),
-        {"CPU": 0.3},
-        [{"CPU": 0.3}],
+    check_plan(plan("features.num_actors=3", "features.cpus_per_actor=0.1"), {"CPU": 1.3}, [{"CPU": 1.3}])
+    check_demand(
+        plan("resources.num_workers=3", "resources.cpus_per_worker=0.1").training, {"CPU": 0.3}, [{"CPU": 0.3}]
     )
