@@ -180,20 +180,18 @@ def build_state(
 
 def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | None = None) -> PolicyForward:
     """The policy on the CPU: float32 weights under mixed precision, or a LoRA adapter over weights of compute type."""
-    import torch
-
     from raylign.models.forward import PolicyForward
     from raylign.models.loading import load_policy, resolve_dtype
+    from raylign.models.numerics import compute_type, policy_numerics
     from raylign.training.state import POLICY, restore_adapter
 
     policy = task.config.policy
-    compute = resolve_dtype(policy.dtype) if world.device.type == "cuda" or policy.dtype != "auto" else torch.float32
+    compute = compute_type(policy.dtype, world.device)
+    numerics = policy_numerics(policy, compute, parallel=task.config.train.parallel)
     is_lora = policy.adapter == "lora"
-    # FSDP2 wants one dtype per group of parameters, and adapters are float32.
-    keeps_compute_type = is_lora and task.config.train.parallel == "ddp" and compute == torch.bfloat16
     model = load_policy(
         checkpoint / POLICY if checkpoint is not None and not is_lora else task.model,
-        dtype="bfloat16" if keeps_compute_type else "float32",
+        dtype=numerics.weights,
         adapter=policy.adapter,
         lora_rank=policy.lora_rank,
         lora_alpha=policy.lora_alpha,
@@ -204,7 +202,7 @@ def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | No
     )
     if checkpoint is not None and is_lora:
         restore_adapter(checkpoint, model)
-    return PolicyForward(model, autocast_dtype=compute if compute != torch.float32 else None)
+    return PolicyForward(model, autocast_dtype=resolve_dtype(numerics.autocast) if numerics.autocast else None)
 
 
 def base_model_name(name: str, path: str) -> str | None:

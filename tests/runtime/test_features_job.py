@@ -100,7 +100,7 @@ def test_the_policy_starts_at_the_reference_in_bfloat16(model_path: str, adapter
     table = make_table(12)
     extractor = FeatureExtractor(model_path, config.features, policy, parallel)
     features = extractor(table)
-    task = WorkerTask(config=config, pairs="", model=model_path, identity={}, reward=None, metrics="")
+    task = WorkerTask(config=config, pairs="", model=model_path, base=None, identity={}, reward=None, metrics="")
     forward = load_policy_forward(task, World(rank=0, size=1, device=torch.device("cpu"))).train()
     pairs = pairs_from_table(table)
     [plan] = plan_micro_batches([pair_tokens(p, extractor.layout) for p in pairs], batch_tokens=256, num_workers=1)
