@@ -118,16 +118,20 @@ def extract_features(
     )
 
 
-def fit_reward(features: ray.data.Dataset, *, seed: int = 0, **options: Any) -> FittedReward:
+def fit_reward(
+    features: ray.data.Dataset, *, seed: int = 0, layers: tuple[int, ...] | None = None, **options: Any
+) -> FittedReward:
     """Fit the hybrid representation reward; `metrics` of the result hold its held-out quality.
 
     Args:
         features: of `extract_features`.
         seed: of folds and heads.
+        layers: transformer layers of the features when they are not all of the model's, so that live confidence reads
+            the same ones.
         **options: keys of the `reward` section, for example folds=10, bce_weight=0.
     """
     resolved = _config(None, "reward", options, seed=seed)
-    return fit_heads(features, config=resolved.reward, confidence=resolved.confidence, seed=seed)
+    return fit_heads(features, config=resolved.reward, confidence=resolved.confidence, seed=seed, layers=layers)
 
 
 def rank(features: ray.data.Dataset, reward: FittedReward, **options: Any) -> ray.data.Dataset:

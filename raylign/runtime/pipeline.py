@@ -143,7 +143,11 @@ class _Phases:
 
         def work(directory: Path) -> dict[str, Any]:
             fitted = fit_reward(
-                read_features(features), config=config.reward, confidence=config.confidence, seed=config.run.seed
+                read_features(features),
+                config=config.reward,
+                confidence=config.confidence,
+                seed=config.run.seed,
+                layers=self.layers,
             )
             fitted.save(directory)
             return fitted.metrics
