@@ -128,16 +128,17 @@ def dying_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         from raylign.training import loop
 
         update = loop.offline_update
-        marker = Path(loop_config["task"].metrics).with_name("died")
+        directory = Path(loop_config["task"].metrics).parent
 
         def deadly(*args: Any, **options: Any) -> Any:
-            if options["update"] == 5:
-                try:
-                    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-                except FileExistsError:
-                    pass
-                else:
-                    os._exit(1)
+            if options["update"] == 5 and not (directory / "died").exists():
+                deadline = time.monotonic() + 60  # dying earlier could lose the checkpoint, rightly
+                while not (directory / "checkpoint_manager_snapshot.json").exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                os.close(os.open(directory / "died", os.O_CREAT | os.O_EXCL))
+                os._exit(1)
+            with (directory / "updates").open("a") as done:
+                done.write(f"{options['update']} ")
             return update(*args, **options)
 
         loop.offline_update = deadly
@@ -153,7 +154,7 @@ def test_a_killed_worker_costs_no_bit(
     uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
 ) -> None:
     result = run(make_config("train.max_failures=1"), model_dir, pairs_dir, tmp_path)
-    assert (tmp_path / "train" / "died").exists()
+    assert (tmp_path / "train" / "updates").read_text() == "0 1 2 3 4 3 4 5 6 7 8 9 "
     assert_bitwise(weights(result), uninterrupted[0])
     assert records(tmp_path) == uninterrupted[1]
 
