@@ -61,7 +61,7 @@ class ResourcePlan:
                 num_cpus=config.features.cpus_per_actor,
                 num_gpus=config.features.gpus_per_actor,
                 keys="features.num_actors, features.cpus_per_actor or features.gpus_per_actor",
-                spare_cpus=1 if config.features.num_actors > 1 else 0,
+                spare_cpus=1,
             ),
             training=Demand(
                 role="training worker",
@@ -119,7 +119,7 @@ def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] 
         raise ResourceError(
             f"{demand.num_actors} {demand.role}(s) x {demand.num_cpus:g} CPU leave less than {demand.spare_cpus:g} of "
             f"the cluster's {cluster.get('CPU', 0.0):g} CPU to the tasks that read and write their rows, which would "
-            f"wait for ever; lower {demand.keys} (fractions are allowed), or add nodes"
+            f"wait for ever; lower {demand.keys} (fractions are allowed), or start Ray with more CPUs"
         )
     if nodes:
         slots = sum(_slots(demand, node) for node in nodes)

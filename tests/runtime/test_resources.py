@@ -25,7 +25,10 @@ def test_phases_follow_each_other_so_the_largest_must_fit() -> None:
 
 
 def test_feature_actors_leave_a_cpu_to_the_tasks_that_feed_them() -> None:
-    """Two actors on two CPUs were admitted and then waited for rows that no CPU was left to read."""
+    """One actor on one CPU, or two on two, were admitted and then waited for rows that no CPU was left to read."""
+    with pytest.raises(ResourceError, match=r"1 feature actor\(s\) x 1 CPU leave less than 1 of the cluster's 1 CPU"):
+        check_plan(plan(), {"CPU": 1.0}, [{"CPU": 1.0}])
+    check_plan(plan(), {"CPU": 2.0}, [{"CPU": 2.0}])
     with pytest.raises(ResourceError, match=r"2 feature actor\(s\) x 1 CPU leave less than 1 of the cluster's 2 CPU"):
         check_plan(plan("features.num_actors=2"), {"CPU": 2.0}, [{"CPU": 2.0}])
     check_plan(plan("features.num_actors=2", "features.cpus_per_actor=0.5"), {"CPU": 2.0}, [{"CPU": 2.0}])
