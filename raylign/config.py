@@ -389,3 +389,17 @@ def to_yaml(config: RunConfig) -> str:
         section, _, name = key.partition(".")
         del content[section][name]
     return yaml.safe_dump({k: v for k, v in content.items() if v}, sort_keys=False, allow_unicode=True)
+
+
+def check_devices(config: RunConfig) -> None:
+    """Refuse a whole run whose features and training would compute in different number types.
+
+    Raises:
+        ConfigError: one runs on GPUs, the other does not, and the type is left to each.
+    """
+    is_mixed = (config.features.gpus_per_actor > 0) != (config.resources.gpus_per_worker > 0)
+    if is_mixed and config.policy.dtype == "auto":
+        raise ConfigError(
+            "features and training run on different devices (features.gpus_per_actor, resources.gpus_per_worker), "
+            "where policy.dtype=auto would mean two number types; set policy.dtype=float32 or bfloat16"
+        )

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import yaml
 
-from raylign.config import RunConfig, idle_keys, known_keys, load_config, to_yaml
+from raylign.config import RunConfig, check_devices, idle_keys, known_keys, load_config, to_yaml
 from raylign.errors import ConfigError
 
 
@@ -38,6 +38,14 @@ def test_learning_rate_suits_the_model_unless_set(overrides, step):
     config = load_config(None, overrides)
     assert config.train.learning_rate == step
     assert yaml.safe_load(to_yaml(config))["train"]["learning_rate"] == step
+
+
+def test_a_run_does_not_mix_number_types():
+    check_devices(load_config())
+    check_devices(load_config(None, ["features.gpus_per_actor=1", "resources.gpus_per_worker=1"]))
+    check_devices(load_config(None, ["features.gpus_per_actor=1", "policy.dtype=float32"]))
+    with pytest.raises(ConfigError, match=r"different devices.*policy\.dtype"):
+        check_devices(load_config(None, ["features.gpus_per_actor=1"]))
 
 
 def test_quoted_numbers_stay_text(tmp_path):

@@ -107,7 +107,13 @@ def extract_features(
     resolved = _config(config, "features", options)
     path = resolve_model(model)
     fingerprint = pairs_fingerprint(pairs)
-    key = features_key(config=resolved.features, policy=resolved.policy, model_path=path, data_fingerprint=fingerprint)
+    key = features_key(
+        config=resolved.features,
+        policy=resolved.policy,
+        model_path=path,
+        data_fingerprint=fingerprint,
+        parallel=resolved.train.parallel,
+    )
     return run_features(
         pairs,
         config=resolved.features,
@@ -115,6 +121,7 @@ def extract_features(
         model_path=path,
         output_dir=_directory(storage) / f"features-{digest(key)}",
         data_fingerprint=fingerprint,
+        parallel=resolved.train.parallel,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raylign.config import EMBEDDED, RunConfig
+from raylign.config import EMBEDDED, RunConfig, check_devices
 from raylign.errors import MissingDependencyError, ModelError
 from raylign.runtime.phases import versions
 
@@ -31,6 +31,7 @@ def check_config(config: RunConfig) -> list[str]:
     from raylign.models.forward import resolve_layers
     from raylign.models.loading import check_context, load_config, load_tokenizer, resolve_layout, resolve_model
 
+    check_devices(config)
     for problem in conflicts():
         raise MissingDependencyError(problem)
     if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:

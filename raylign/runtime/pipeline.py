@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from raylign.config import RunConfig
+from raylign.config import RunConfig, check_devices
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.runtime.evaluate_job import (
@@ -112,6 +112,7 @@ class _Phases:
             policy=config.policy,
             model_path=self.model,
             data_fingerprint=fingerprint,
+            parallel=config.train.parallel,
         )
         cache = self.run.directory.parent / "cache" / f"features-{digest(key)}"
 
@@ -124,6 +125,7 @@ class _Phases:
                 model_path=self.model,
                 output_dir=cache,
                 data_fingerprint=fingerprint,
+                parallel=config.train.parallel,
                 show_progress=sys.stderr.isatty(),
             )
             return {"cache": str(cache), "is_reused": is_reused}
@@ -213,7 +215,7 @@ class _Phases:
                 config=config.evaluate,
                 seed=config.run.seed,
                 options=options,
-                make_reward_fn=functools.partial(make_reward_scorer, self.model, str(reward), self.layers),
+                make_reward_fn=functools.partial(make_reward_scorer, self.model, str(reward), self.layers, options),
             )
             save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
             drift = check_drift(
@@ -239,6 +241,7 @@ def align(config: RunConfig) -> AlignResult:
     """
     from raylign.runtime.reporting import write_report
 
+    check_devices(config)
     model = resolve_model(config.policy.model)
     check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _node_resources())
     run = open_run(config)
@@ -281,6 +284,8 @@ def actor_options(config: RunConfig) -> ActorOptions:
         num_gpus=config.features.gpus_per_actor,
         dtype=config.policy.dtype,
         trust_remote_code=config.policy.trust_remote_code,
+        adapter=config.policy.adapter,
+        parallel=config.train.parallel,
     )
 
 
