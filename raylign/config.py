@@ -137,17 +137,22 @@ class ConfidenceSection(Section):
 
 
 class TrainSection(Section):
-    """The off-policy trainer."""
+    """The trainer: what one update is, whatever the rows come from."""
 
+    method: Literal["offline", "online_dpo", "policy_gradient"] = Field(
+        "offline", description="stored pairs, pairs sampled from the current policy, or rewards of sampled responses"
+    )
     objective: Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo"] = Field(
-        "label_confidence", description="loss over pairs"
+        "label_confidence", description="loss over pairs; unless set, dpo when pairs are sampled online"
     )
     beta: float = Field(0.15, gt=0, description="strength of the KL tie to the reference")
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="assumed share of flipped labels (cdpo, rdpo)")
     ipo_tau: float = Field(0.1, gt=0, description="regularisation of ipo; its target margin is 1 / (2 tau)")
     epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after so many updates")
-    batch_size: int = Field(16, ge=1, description="pairs per update over all workers, whatever their number")
+    batch_size: int = Field(
+        16, ge=1, description="pairs (prompts with policy_gradient) per update over all workers, whatever their number"
+    )
     batch_tokens: int = Field(4096, ge=64, description="token budget of one micro-batch on one worker")
     learning_rate: float = Field(
         1e-6, gt=0, description="peak step of AdamW; unless set, 1e-6 (full), 1e-5 (lora) or 5e-5 (embedded model)"
@@ -164,6 +169,63 @@ class TrainSection(Section):
     log_every: int = Field(5, ge=1, description="updates between metric records")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     max_failures: int = Field(2, ge=0, description="worker failures survived by restarting from the last checkpoint")
+
+
+class OnlineSection(Section):
+    """Rounds of sampling, scoring and training on what was sampled (online_dpo, policy_gradient)."""
+
+    num_rounds: int = Field(4, ge=1, description="rounds; weights go to the samplers at the start of each")
+    prompts_per_round: int = Field(64, ge=1, description="prompts of one round, in a random order without repetition")
+    num_samples: int = Field(4, ge=2, description="responses sampled per prompt (K)")
+    reference: Literal["initial", "previous_round"] = Field(
+        "initial", description="what online_dpo ties the policy to: the first model, or the policy of the round's start"
+    )
+    pairs: Literal["best_worst", "bradley_terry"] = Field(
+        "best_worst", description="pair of a prompt: highest against lowest reward, or two responses in sampled order"
+    )
+    round_epochs: int = Field(1, ge=1, description="passes over the responses of one round")
+
+
+class SamplerSection(Section):
+    """The vLLM engines that sample for the online methods."""
+
+    num_engines: int = Field(1, ge=1, description="engine actors, each with a copy of the policy")
+    cpus_per_engine: float = Field(0.5, gt=0, description="CPUs of one engine actor; it idles while the trainer works")
+    gpus_per_engine: int = Field(0, ge=0, description="GPUs of one engine actor, its tensor-parallel size; 0 is CPU")
+    scorer_cpus: float = Field(0.5, gt=0, description="CPUs of the actor that scores responses with the reference")
+    scorer_gpus: float = Field(0, ge=0, description="GPUs of that actor, fractions allowed")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; policy gradients need 1")
+    max_new_tokens: int = Field(64, ge=1, description="length limit of a response")
+    cache_mib: int = Field(64, ge=1, description="key-value cache of an engine on CPUs")
+    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1, description="share of a GPU that an engine may fill")
+    enforce_eager: bool = Field(True, description="skip compilation, which starts in seconds instead of minutes")
+    start_timeout_s: float = Field(300, gt=0, description="longest wait for engines to start")
+    timeout_s: float = Field(600, gt=0, description="longest wait for one call to an engine")
+    max_restarts: int = Field(2, ge=0, description="deaths or hangs of engines survived in one run")
+
+
+class PolicyGradientSection(Section):
+    """PPO-clip over sampled responses."""
+
+    advantage: Literal["group", "gae"] = Field(
+        "group", description="leave-one-out within the responses of a prompt, or a value head with GAE"
+    )
+    group_scale: Literal["none", "std"] = Field(
+        "none", description="std divides by the group's deviation, which bends the gradient"
+    )
+    beta: float = Field(0.05, ge=0, description="weight of the KL to the reference, in the reward")
+    clip: float = Field(0.2, gt=0, lt=1, description="bound of the probability ratio of one update")
+    importance_cap: float = Field(
+        2.0, gt=0, description="bound of trainer over sampler probability, per token (truncated importance weight)"
+    )
+    reduction: Literal["token_global", "sequence_sum"] = Field(
+        "token_global", description="loss per token or per response of the whole batch"
+    )
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="bias against variance of GAE; the discount is 1")
+    value_learning_rate: float = Field(1e-3, gt=0, description="step of the value head")
+    value_clip: float = Field(5.0, gt=0, description="bound of a value's change in one round, reward units")
+    score_clip: float = Field(50.0, gt=0, description="bound of rewards, reward units")
 
 
 class EvaluateSection(Section):
@@ -209,24 +271,30 @@ class RunConfig(Section):
     reward: RewardSection = RewardSection()
     confidence: ConfidenceSection = ConfidenceSection()
     train: TrainSection = TrainSection()
+    online: OnlineSection = OnlineSection()
+    sampler: SamplerSection = SamplerSection()
+    policy_gradient: PolicyGradientSection = PolicyGradientSection()
     evaluate: EvaluateSection = EvaluateSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_learning_rate(cls, values: Any) -> Any:
-        """A step that suits the model, unless one was given."""
+    def _fill_defaults(cls, values: Any) -> Any:
+        """A step that suits the model and a loss that suits the method, unless they were given."""
         if not isinstance(values, Mapping):
             return values
         train, policy = values.get("train", {}), values.get("policy", {})
-        if not isinstance(train, Mapping) or not isinstance(policy, Mapping) or "learning_rate" in train:
+        if not isinstance(train, Mapping) or not isinstance(policy, Mapping):
             return values
         if policy.get("model", EMBEDDED) == EMBEDDED:
             step = 5e-5
         else:
             step = 1e-5 if policy.get("adapter") == "lora" else 1e-6
-        return {**values, "train": {**train, "learning_rate": step}}
+        defaults: dict[str, Any] = {"learning_rate": step}
+        if train.get("method") == "online_dpo":
+            defaults["objective"] = "dpo"
+        return {**values, "train": {**defaults, **train}}
 
     @model_validator(mode="after")
     def _keys_have_effect(self) -> RunConfig:
@@ -254,6 +322,16 @@ def check_effects(config: RunConfig) -> None:
             f"resources.gpus_per_worker={config.resources.gpus_per_worker:g} must be 0 or 1: "
             "one process drives one GPU; use more workers (resources.num_workers)"
         )
+    if config.train.method == "online_dpo" and config.train.objective == "label_confidence":
+        raise ConfigError(
+            "train.objective=label_confidence weighs stored labels; pairs sampled online are ordered by the reward "
+            "itself: use dpo, cdpo, rdpo or ipo, or train.method=offline"
+        )
+    if config.train.method == "policy_gradient" and (config.sampler.temperature, config.sampler.top_p) != (1.0, 1.0):
+        raise ConfigError(
+            f"sampler.temperature={config.sampler.temperature:g} and sampler.top_p={config.sampler.top_p:g} must both "
+            "be 1 for train.method=policy_gradient: other values sample from another policy than the trained one"
+        )
     if config.data.valid_fraction + config.data.test_fraction >= 1:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
 
@@ -267,7 +345,22 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
         if not is_read:
             idle.update({f"{section}.{name}": cure for name in names if f"{section}.{name}" not in idle})
 
-    uses_confidence = train.objective == "label_confidence"
+    is_offline, is_gradient = train.method == "offline", train.method == "policy_gradient"
+    uses_confidence = train.objective == "label_confidence" and is_offline
+    online = "set train.method=online_dpo or policy_gradient"
+    reads(not is_offline, "online", list(OnlineSection.model_fields), online)
+    reads(not is_offline, "sampler", list(SamplerSection.model_fields), online)
+    reads(not is_gradient, "train", ["objective", "beta"], "use policy_gradient.beta, or another train.method")
+    reads(is_gradient, "policy_gradient", list(PolicyGradientSection.model_fields), "set train.method=policy_gradient")
+    reads(train.method == "online_dpo", "online", ["reference", "pairs"], "set train.method=online_dpo")
+    has_values = config.policy_gradient.advantage == "gae"
+    value_keys = ["gae_lambda", "value_learning_rate", "value_clip"]
+    reads(has_values, "policy_gradient", value_keys, "set policy_gradient.advantage=gae")
+    reads(not has_values, "policy_gradient", ["group_scale"], "set policy_gradient.advantage=group")
+    reads(is_offline, "train", ["epochs", "max_steps"], "use online.num_rounds and online.round_epochs")
+    on_gpu = config.sampler.gpus_per_engine > 0
+    reads(on_gpu, "sampler", ["gpu_memory_utilization"], "set sampler.gpus_per_engine above 0")
+    reads(not on_gpu, "sampler", ["cache_mib"], "set sampler.gpus_per_engine=0")
     reads(train.objective in ("cdpo", "rdpo"), "train", ["label_smoothing"], "set train.objective=cdpo or rdpo")
     reads(train.objective == "ipo", "train", ["ipo_tau"], "set train.objective=ipo")
     reads(train.objective != "ipo", "train", ["beta"], "use train.ipo_tau, which is what ipo reads")

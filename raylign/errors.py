@@ -74,3 +74,11 @@ class TrainingError(RaylignError, RuntimeError):
 
 class MissingDependencyError(RaylignError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class SamplerError(RaylignError, RuntimeError):
+    """Sampling engines died or hung more often than `sampler.max_restarts` allows, or refuse the model."""
+
+
+class StaleWeightsError(RaylignError, RuntimeError):
+    """An engine does not hold the weights that the trainer sent: wrong version, checksum, or probe log-probability."""

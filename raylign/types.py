@@ -1,6 +1,7 @@
 """The dataflow: one dataclass per hop, and the column names that carry the same things between processes.
 
     raw row -> PreferencePair -> TokenizedPair -> PairFeatures -> PairConfidence -> PackedBatch -> PairScores -> loss
+    online: prompt -> SampleRequest -> Rollout -> ScoredRollout -> pairs or advantages -> PackedBatch -> PairScores
 
 Between processes the hops are arrow columns of one `ray.data.Dataset`; every phase adds columns and keeps the others:
 
@@ -26,6 +27,7 @@ IGNORE_INDEX = -100
 
 Split = Literal["train", "valid", "test"]
 Layout = Literal["shared", "packed", "padded"]
+Method = Literal["offline", "online_dpo", "policy_gradient"]
 Objective = Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo"]
 
 TEXT_COLUMNS = (
@@ -188,6 +190,8 @@ class PairScores:
         rejected_lengths: (B,) likewise.
         chosen_states: (B, L, D) detached hidden states at the end-of-response token, or None when not asked for.
         rejected_states: (B, L, D) likewise.
+        token_logps: (N,) log-probability of every scored token in the order of the batch, nats, with gradient.
+        token_values: (N, H) what H value heads predict before each scored token, or None without value heads.
     """
 
     chosen_logps: torch.Tensor
@@ -196,6 +200,8 @@ class PairScores:
     rejected_lengths: torch.Tensor
     chosen_states: torch.Tensor | None = None
     rejected_states: torch.Tensor | None = None
+    token_logps: torch.Tensor | None = None
+    token_values: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +217,68 @@ class PairConfidence:
     margin_mean: torch.Tensor
     margin_variance: torch.Tensor
     label_confidence: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One response that a sampler is asked for.
+
+    Attributes:
+        prompt_index: position of the prompt in the round.
+        sample_index: number of the response to that prompt, from 0.
+        prompt_ids: templated prompt, ends with the generation prompt. Shape (P,), int32.
+        seed: of this response's random stream, so that it depends neither on the batch nor on the engine.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response, as the sampler saw it.
+
+    Attributes:
+        prompt_index: as requested.
+        sample_index: as requested.
+        prompt_ids: (P,) int32.
+        response_ids: (R,) int32, up to and including the end-of-response token, if it came; R >= 1.
+        sampler_logps: (R,) float32, log-probability of each response token under the sampler's weights at temperature 1
+            and without truncation of the distribution, nats.
+        reached_end: False when the length limit cut the response.
+        weight_version: of the weights that sampled it.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    sampler_logps: np.ndarray
+    reached_end: bool
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    """A response and what reward and reference say of it.
+
+    Attributes:
+        rollout: the response.
+        reward: of the response, scored at its last token, reward units.
+        reward_variance: posterior variance of the reward, 0 for a point estimate.
+        reference_token_logps: (R,) float32, log-probability of each response token under the frozen reference, nats.
+        cost: > 0 unsafe, <= 0 safe; nan when the run has no cost model.
+        token_rewards: (R,) float32 reward of each token in place of `reward`, or None.
+    """
+
+    rollout: Rollout
+    reward: float
+    reward_variance: float
+    reference_token_logps: np.ndarray
+    cost: float = float("nan")
+    token_rewards: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -180,7 +180,7 @@ def _top1_change_rate(before_PK: Floats, now_PK: Floats) -> float:
 
 def _quantile_edges(sample_M: Floats, num_bins: int) -> Floats:
     """Inner edges of bins that hold equal shares of the sample; the outer bins are open, so no value falls outside."""
-    edges: Floats = np.quantile(sample_M, np.arange(1, num_bins) / num_bins)
+    edges: Floats = np.quantile(sample_M, np.arange(1, num_bins) / num_bins).astype(np.float64)
     return edges
 
 

@@ -37,6 +37,8 @@ class PolicyForward(nn.Module):
         model: transformers causal language model, or a peft model around one.
         chunk_tokens: scored tokens whose logits exist at the same time.
         autocast_dtype: runs the forward in mixed precision, None in the dtype of the weights.
+        num_values: value heads (H): linear functions, zero at first, of the detached state that predicts a token. They
+            belong to the trainer, not to the model: its gradient and its saved weights do not know them.
     """
 
     def __init__(
@@ -45,12 +47,18 @@ class PolicyForward(nn.Module):
         *,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         autocast_dtype: torch.dtype | None = None,
+        num_values: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.autocast_dtype = autocast_dtype
         self._check()
+        self.value_heads: nn.Linear | None = None
+        if num_values:
+            self.value_heads = nn.Linear(self.causal_lm.get_output_embeddings().weight.shape[1], num_values)
+            nn.init.zeros_(self.value_heads.weight)
+            nn.init.zeros_(self.value_heads.bias)
 
     @property
     def causal_lm(self) -> Any:
@@ -93,6 +101,9 @@ class PolicyForward(nn.Module):
             with _states_at(self.decoder_layers(), layers or (), batch.end_positions) as states:
                 hidden_SD = self._decode(batch)
             logps_N = self._score(hidden_SD, batch)
+            values_NH = None
+            if self.value_heads is not None:
+                values_NH = self.value_heads(_gather(hidden_SD, batch.score_from)).float()
         num_pairs = batch.num_pairs
         logps = segment_sum(logps_N, batch.score_sequence, 2 * num_pairs)
         lengths = torch.bincount(batch.score_sequence, minlength=2 * num_pairs)
@@ -109,6 +120,8 @@ class PolicyForward(nn.Module):
             rejected_lengths=lengths[num_pairs:],
             chosen_states=chosen_states,
             rejected_states=rejected_states,
+            token_logps=logps_N.clone(),
+            token_values=values_NH,
         )
 
     def _decode(self, batch: PackedBatch) -> torch.Tensor:

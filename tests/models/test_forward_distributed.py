@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -52,27 +53,31 @@ def run(policy: torch.nn.Module, pairs: list[TokenizedPair]) -> tuple[torch.Tens
     return torch.nn.functional.softplus(scores.rejected_logps - scores.chosen_logps).sum(), scores.chosen_states
 
 
+def work(rank: int, wrap: str, gradient_checkpointing: bool, directory: str) -> None:
+    policy = make_policy(gradient_checkpointing=gradient_checkpointing)
+    if wrap == "ddp":
+        wrapped: torch.nn.Module = DistributedDataParallel(policy)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (WORLD_SIZE,))
+        for layer in policy.decoder_layers():
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(policy, mesh=mesh)
+    pairs = make_pairs(6)
+    loss, states = run(wrapped, pairs[rank::WORLD_SIZE])
+    loss.backward()
+    gradients = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in policy.named_parameters()
+    }
+    torch.save({"gradients": gradients, "states": states}, f"{directory}/{rank}.pt")
+
+
 def worker(rank: int, wrap: str, gradient_checkpointing: bool, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD_SIZE)
     try:
-        policy = make_policy(gradient_checkpointing=gradient_checkpointing)
-        if wrap == "ddp":
-            wrapped: torch.nn.Module = DistributedDataParallel(policy)
-        else:
-            mesh = torch.distributed.init_device_mesh("cpu", (WORLD_SIZE,))
-            for layer in policy.decoder_layers():
-                fully_shard(layer, mesh=mesh)
-            wrapped = fully_shard(policy, mesh=mesh)
-        pairs = make_pairs(6)
-        loss, states = run(wrapped, pairs[rank::WORLD_SIZE])
-        loss.backward()
-        gradients = {
-            name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-            for name, p in policy.named_parameters()
-        }
-        torch.save({"gradients": gradients, "states": states}, f"{directory}/{rank}.pt")
+        work(rank, wrap, gradient_checkpointing, directory)
     finally:
+        gc.collect()  # DDP's reducer, destroyed after its group, waits for a thread that waits for Python
         dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ Real here: two processes, torch.distributed, the model, the checkpoint. Ray is n
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -117,6 +118,7 @@ def _worker(rank: int, port: int, arguments: tuple[Any, ...], output: str) -> No
         records = train(*arguments, world=World(rank=rank, size=2))
         torch.save(records, Path(output) / f"records_{rank}.pt")
     finally:
+        gc.collect()  # DDP's reducer, destroyed after its group, waits for a thread that waits for Python
         dist.destroy_process_group()
 
 

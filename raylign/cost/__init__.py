@@ -1,0 +1,1 @@
+"""What a run costs: device-seconds, tokens, FLOPs, bytes."""
