@@ -9,14 +9,10 @@ Shape letter: B pairs of the update over all workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from raylign.config import TrainSection
 from raylign.data.packing import MicroBatch
@@ -25,6 +21,7 @@ from raylign.losses import preference
 from raylign.training.live_confidence import LiveConfidence
 from raylign.training.micro_batches import Packing
 from raylign.training.optim import trainable
+from raylign.training.step import check_finite, clip_gradient, gradient_sync, seeded
 from raylign.training.table import PairBatch
 from raylign.training.world import World
 from raylign.types import PairScores
@@ -94,7 +91,7 @@ def offline_update(
         TrainingError: the loss or the gradient is not finite; the weights are those before the update.
     """
     world = world or World()
-    with _seeded(seed, update, world):
+    with seeded(seed, update, world):
         if live is not None:
             live.begin_update(policy, batch)
         policy.train()
@@ -102,7 +99,7 @@ def offline_update(
         values = torch.zeros(len(COLUMNS) * batch.num_pairs + _EXTRA_SUMS, dtype=torch.float64, device=world.device)
         micro_batches = packing.plan(batch.tokens, world)
         for position, micro in enumerate(micro_batches):
-            with _gradient_sync(policy, is_last=position == len(micro_batches) - 1):
+            with gradient_sync(policy, is_last=position == len(micro_batches) - 1):
                 packed = packing.pack(batch.tokens, micro, world)
                 scores = policy(packed, layers=live.layers if live is not None else None)
                 columns = _pair_values(scores, batch, micro, settings=settings, live=live)
@@ -116,8 +113,8 @@ def offline_update(
             values[-1] += packed.input_ids.numel()
         values = world.sum(values).cpu()
     columns = dict(zip(COLUMNS, values[:-_EXTRA_SUMS].view(len(COLUMNS), batch.num_pairs), strict=True))
-    grad_norm = _clip(policy, settings.max_grad_norm)
-    _check_finite(columns["loss"], grad_norm, update, settings)
+    grad_norm = clip_gradient(trainable(policy), settings.max_grad_norm)
+    check_finite(columns["loss"], grad_norm, update, learning_rate=settings.learning_rate)
     learning_rate = float(optimizer.param_groups[0]["lr"])
     optimizer.step()
     scheduler.step()
@@ -188,42 +185,3 @@ def _pair_values(
 def _store(values: torch.Tensor, columns: dict[str, torch.Tensor], index: torch.Tensor, num_pairs: int) -> None:
     rows = values[: len(COLUMNS) * num_pairs].view(len(COLUMNS), num_pairs)
     rows[:, index] = torch.stack([columns[name].detach() for name in COLUMNS]).double()
-
-
-@contextmanager
-def _seeded(seed: int, update: int, world: World) -> Iterator[None]:
-    """Dropout as a function of (seed, update, rank): nothing to save, nothing to restore, no global seed touched."""
-    devices = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # One stream per (run, update, worker); the odd factors keep neighbouring triples apart.
-        torch.manual_seed((seed * 1_000_003 + update) * 65_537 + world.rank)
-        yield
-
-
-@contextmanager
-def _gradient_sync(policy: nn.Module, *, is_last: bool) -> Iterator[None]:
-    """Communicate gradients with the last micro-batch only."""
-    if isinstance(policy, FSDPModule):
-        policy.set_requires_gradient_sync(is_last)
-    with policy.no_sync() if isinstance(policy, DistributedDataParallel) and not is_last else nullcontext():
-        yield
-
-
-def _clip(policy: nn.Module, max_norm: float) -> float:
-    norm = nn.utils.clip_grad_norm_(list(trainable(policy)), max_norm)
-    # FSDP2 returns a DTensor that holds this worker's part of the norm.
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _check_finite(loss: torch.Tensor, grad_norm: float, update: int, settings: TrainSection) -> None:
-    num_bad = int((~loss.isfinite()).sum())
-    if num_bad:
-        problem = f"the loss of {num_bad} of {len(loss)} pairs is not finite"
-    elif not torch.isfinite(torch.tensor(grad_norm)):
-        problem = f"the gradient norm is {grad_norm}"
-    else:
-        return
-    raise TrainingError(
-        f"update {update + 1}: {problem}; lower train.learning_rate (now {settings.learning_rate:g}), lengthen "
-        "train.warmup_fraction, or set policy.dtype=float32"
-    )
