@@ -261,6 +261,15 @@ class TrackingSection(Section):
     project: str = Field("raylign", description="Weights & Biases project")
 
 
+class CostSection(Section):
+    """What the cost ledger is told; it measures device-seconds whatever is set here."""
+
+    prices: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="money per device-hour by kind of device as the ledger names it, e.g. {cpu: 0.05, H200: 4}"
+    )
+    currency: str = Field("USD", min_length=1, description="of cost.prices")
+
+
 class RunConfig(Section):
     """Everything one run of the main job reads."""
 
@@ -277,6 +286,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
+    cost: CostSection = CostSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -380,6 +390,7 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(has_steps, "reward", head_steps, "set reward.epochs above 0")
     reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
     reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
+    reads(config.cost.prices is not None, "cost", ["currency"], "set cost.prices")
     return idle
 
 
