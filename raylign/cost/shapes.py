@@ -1,0 +1,53 @@
+"""The sizes of a loaded model, counted from its own matrices, whatever the architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from raylign.cost.flops import ModelShape
+from raylign.errors import ModelError
+
+
+def shape_of(model: Any) -> ModelShape:
+    """Count the weights that multiply activations.
+
+    Every parameter of two dimensions counts, embeddings apart; adapters count where they are. Stacks of experts (three
+    dimensions) count with the share of experts that a token visits. Sharded parameters count whole.
+
+    Args:
+        model: transformers causal language model, or a peft model around one.
+
+    Raises:
+        ModelError: no linear head, or a configuration without layers, heads or the number of experts a token visits.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    head = base.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        raise ModelError(f"{type(base).__name__} has no linear head; only causal language models are counted")
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    body = 0
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and id(parameter) not in lookups | {id(head.weight)}:
+            body += parameter.numel()
+        elif parameter.dim() == 3:
+            body += _active_experts(parameter.numel(), parameter.shape[0], config)
+    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
+    return ModelShape(
+        num_body_parameters=body,
+        num_head_parameters=int(head.weight.numel()),
+        num_layers=int(config.num_hidden_layers),
+        width=heads * int(getattr(config, "head_dim", None) or hidden // heads),
+    )
+
+
+def _active_experts(num_parameters: int, num_experts: int, config: Any) -> int:
+    active = getattr(config, "num_experts_per_tok", None)
+    if active is None:
+        raise ModelError(
+            f"a parameter stacks {num_experts} matrices, but the configuration has no num_experts_per_tok; "
+            "its FLOPs are unknown"
+        )
+    return num_parameters * int(active) // num_experts
