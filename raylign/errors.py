@@ -76,9 +76,9 @@ class MissingDependencyError(RaylignError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
-class SamplerError(RaylignError, RuntimeError):
+class SamplerError(TrainingError):
     """Sampling engines died or hung more often than `sampler.max_restarts` allows, or refuse the model."""
 
 
-class StaleWeightsError(RaylignError, RuntimeError):
+class StaleWeightsError(TrainingError):
     """An engine does not hold the weights that the trainer sent: wrong version, checksum, or probe log-probability."""

@@ -22,10 +22,18 @@ def test_every_row_names_a_function_and_a_test_that_exist():
 
 
 def test_every_loss_has_a_row():
-    for module in ("raylign.losses.preference", "raylign.losses.reward", "raylign.rewards.confidence"):
+    modules = (
+        "losses.preference",
+        "losses.reward",
+        "losses.advantages",
+        "losses.policy_gradient",
+        "rewards.confidence",
+    )
+    for module in (f"raylign.{name}" for name in modules):
         loaded = importlib.import_module(module)
         public = [name for name, value in vars(loaded).items() if getattr(value, "__module__", "") == module]
         functions = [name for name in public if name[0].islower()]
         assert len(functions) > 2
         missing = {name for name in functions if f"`{module}:{name}`" not in TEXT}
-        assert missing <= {"bradley_terry", "count_flips"}  # a special case of E2, and a count
+        # a special case of E2, a count, and checks of shapes
+        assert missing <= {"bradley_terry", "count_flips", "check_alike", "check_vector"}

@@ -36,11 +36,13 @@ class ScoredResponses:
         logps: (N,) summed log-probability of the answer's tokens, nats, float64.
         lengths: (N,) tokens of the answers, int64.
         states: (N, L, D) float32 states at the last token of each answer, None when no layers were asked for.
+        token_logps: N arrays of shape (lengths[i],), float32: log-probability of each token of the answer, nats.
     """
 
     logps: np.ndarray
     lengths: np.ndarray
     states: torch.Tensor | None
+    token_logps: list[np.ndarray]
 
     @property
     def mean_logps(self) -> np.ndarray:
@@ -83,6 +85,7 @@ def score_responses(
     logps = np.zeros(num_responses)
     lengths = np.array([len(ids) for ids in response_ids], dtype=np.int64)
     states: torch.Tensor | None = None
+    token_logps = [np.zeros(0, np.float32)] * num_responses
     couples = _couples(prompt_ids)
     pairs = [
         TokenizedPair(
@@ -103,13 +106,17 @@ def score_responses(
             scores = forward(pack_pairs(members, layout=layout, pad_token_id=pad_token_id).to(device), layers=layers)
             rows = [couples[index][half] for half in (0, 1) for index in micro_batch.indices]
             logps[rows] = torch.cat([scores.chosen_logps, scores.rejected_logps]).double().cpu().numpy()
+            assert scores.token_logps is not None
+            pieces = np.split(scores.token_logps.float().cpu().numpy(), np.cumsum(lengths[rows])[:-1])
+            for row, piece in zip(rows, pieces, strict=True):
+                token_logps[row] = piece
             if scores.chosen_states is not None and scores.rejected_states is not None:
                 found = torch.cat([scores.chosen_states, scores.rejected_states]).cpu()
                 states = found.new_zeros(num_responses, *found.shape[1:]) if states is None else states
                 states[rows] = found
     finally:
         forward.train(was_training)
-    return ScoredResponses(logps=logps, lengths=lengths, states=states)
+    return ScoredResponses(logps=logps, lengths=lengths, states=states, token_logps=token_logps)
 
 
 def _couples(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -45,11 +45,13 @@ class ResourcePlan:
         features: actors that hold the reference model.
         training: training workers. The controller of Ray Train asks for no CPU.
         evaluation: actors that answer and judge, each as large as a feature actor. Their rows come from the driver.
+        online: sampling engines and the scorer, which exist beside the training workers; empty for stored pairs.
     """
 
     features: Demand
     training: Demand
     evaluation: Demand
+    online: tuple[Demand, ...] = ()
 
     @classmethod
     def from_config(cls, config: RunConfig) -> ResourcePlan:
@@ -77,12 +79,20 @@ class ResourcePlan:
                 num_gpus=config.features.gpus_per_actor,
                 keys="evaluate.num_actors, features.cpus_per_actor or features.gpus_per_actor",
             ),
+            online=() if config.train.method == "offline" else _online_demands(config),
         )
 
     @property
     def demands(self) -> tuple[Demand, ...]:
         """All groups, in the order of the phases."""
-        return self.features, self.training, self.evaluation
+        return self.features, self.training, self.evaluation, *self.online
+
+    @property
+    def training_devices(self) -> dict[str, float]:
+        """Devices that are held while the policy trains, samplers and scorer included, by kind ("cpu", "gpu")."""
+        groups = (self.training, *self.online)
+        held = {kind: sum(group.total(kind.upper()) for group in groups) for kind in ("cpu", "gpu")}
+        return {kind: amount for kind, amount in held.items() if amount}
 
 
 def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
@@ -99,6 +109,29 @@ def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources
     """
     for demand in plan.demands:
         check_demand(demand, cluster, nodes)
+    if plan.online:
+        check_together((plan.training, *plan.online), cluster)
+
+
+def check_together(demands: Sequence[Demand], cluster: Resources) -> None:
+    """Compare groups that exist at the same time with what a cluster has.
+
+    Raises:
+        ResourceError: naming every group's share of the sum.
+    """
+    for resource in ("CPU", "GPU"):
+        asked, there = sum(demand.total(resource) for demand in demands), cluster.get(resource, 0.0)
+        if asked > there + 1e-9:
+            shares = " + ".join(
+                f"{demand.num_actors} {demand.role}(s) x {demand.total(resource) / demand.num_actors:g}"
+                for demand in demands
+                if demand.total(resource)
+            )
+            raise ResourceError(
+                f"{shares} = {asked:g} {resource} at the same time, the cluster has {there:g}; lower "
+                f"{'; '.join(demand.keys for demand in demands if demand.total(resource))} (fractions are allowed for "
+                "CPUs), or add nodes"
+            )
 
 
 def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
@@ -129,6 +162,26 @@ def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] 
                 f"{demand.num_actors} {demand.role}(s) of {demand.num_cpus:g} CPU + {demand.num_gpus:g} GPU do not fit "
                 f"onto the nodes ({shapes}): only {slots} can be placed; lower {demand.keys}, or add larger nodes"
             )
+
+
+def _online_demands(config: RunConfig) -> tuple[Demand, Demand]:
+    sampler = config.sampler
+    return (
+        Demand(
+            role="sampling engine",
+            num_actors=sampler.num_engines,
+            num_cpus=sampler.cpus_per_engine,
+            num_gpus=sampler.gpus_per_engine,
+            keys="sampler.num_engines, sampler.cpus_per_engine or sampler.gpus_per_engine",
+        ),
+        Demand(
+            role="scorer",
+            num_actors=1,
+            num_cpus=sampler.scorer_cpus,
+            num_gpus=sampler.scorer_gpus,
+            keys="sampler.scorer_cpus or sampler.scorer_gpus",
+        ),
+    )
 
 
 def _slots(demand: Demand, node: Resources) -> int:

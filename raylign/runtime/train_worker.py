@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,17 @@ FREE_KEYS = frozenset(
         "train.log_every",
         "train.max_failures",
         "train.parallel",
+        "sampler.num_engines",
+        "sampler.cpus_per_engine",
+        "sampler.gpus_per_engine",
+        "sampler.scorer_cpus",
+        "sampler.scorer_gpus",
+        "sampler.cache_mib",
+        "sampler.gpu_memory_utilization",
+        "sampler.enforce_eager",
+        "sampler.start_timeout_s",
+        "sampler.timeout_s",
+        "sampler.max_restarts",
     }
 )
 
@@ -49,7 +60,7 @@ class WorkerTask:
 
     Attributes:
         config: of the run.
-        pairs: directory of parquet files with ranked pairs.
+        pairs: directory of parquet files with ranked pairs, or what a subclass says.
         model: directory of the policy before training.
         identity: what checkpoints belong to, see `run_identity`.
         base: what an adapter calls that model, see `base_model_name`.
@@ -79,9 +90,21 @@ def train_worker(loop_config: Mapping[str, Any]) -> TrainingError | None:
     Raises:
         RaylignError: any other error; Ray restarts the workers up to train.max_failures times.
     """
+    return final_error(lambda: _train(loop_config["task"]))
+
+
+def final_error(work: Callable[[], None]) -> TrainingError | None:
+    """Do the work of a train function; name the worker in its errors, and return the one that a restart would repeat.
+
+    Args:
+        work: raises a `TrainingError` on all workers or on none.
+
+    Raises:
+        RaylignError: any other error.
+    """
     context = ray.train.get_context()
     try:
-        _train(loop_config["task"])
+        work()
     except RaylignError as error:
         error.args = (f"training worker {context.get_world_rank()} of {context.get_world_size()}: {error}",)
         if isinstance(error, TrainingError):
@@ -90,20 +113,25 @@ def train_worker(loop_config: Mapping[str, Any]) -> TrainingError | None:
     return None
 
 
-def _train(task: WorkerTask) -> None:
+def start_worker(config: RunConfig) -> World:
+    """Settle the threads of this process, and say which worker it is."""
     import torch
     from transformers.utils import logging as transformers_logging
 
+    # Ray grants CPUs, torch would use all of the machine's.
+    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    transformers_logging.disable_progress_bar()
+    return _world(config)
+
+
+def _train(task: WorkerTask) -> None:
     from raylign.training.loop import train_offline
     from raylign.training.order import DataOrder
     from raylign.training.state import check_checkpoint, load_training
     from raylign.training.table import PairTable, read_split
 
     config = task.config
-    # Ray grants CPUs, torch would use all of the machine's.
-    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-    transformers_logging.disable_progress_bar()
-    world = _world(config)
+    world = start_worker(config)
     table = PairTable(read_split(task.pairs, "train"))
     order = DataOrder(
         num_pairs=len(table),
@@ -113,7 +141,7 @@ def _train(task: WorkerTask) -> None:
         max_steps=config.train.max_steps,
     )
     identity = task.identity | {PAIRS: table.fingerprint}
-    reporter = _Reporter(task, world, identity)
+    reporter = Reporter(task, world, identity)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         state, packing = build_state(task, table, order, world)
@@ -178,7 +206,9 @@ def build_state(
     return TrainerState(policy=module, optimizer=optimizer, scheduler=scheduler, window=window, live=live), packing
 
 
-def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | None = None) -> PolicyForward:
+def load_policy_forward(
+    task: WorkerTask, world: World, *, checkpoint: Path | None = None, num_values: int = 0
+) -> PolicyForward:
     """The policy on the CPU: float32 weights under mixed precision, or a LoRA adapter over weights of compute type."""
     from raylign.models.forward import PolicyForward
     from raylign.models.loading import load_policy, resolve_dtype
@@ -202,7 +232,8 @@ def load_policy_forward(task: WorkerTask, world: World, *, checkpoint: Path | No
     )
     if checkpoint is not None and is_lora:
         restore_adapter(checkpoint, model)
-    return PolicyForward(model, autocast_dtype=resolve_dtype(numerics.autocast) if numerics.autocast else None)
+    autocast = resolve_dtype(numerics.autocast) if numerics.autocast else None
+    return PolicyForward(model, autocast_dtype=autocast, num_values=num_values)
 
 
 def base_model_name(name: str, path: str) -> str | None:
@@ -286,7 +317,9 @@ def method_identity(config: RunConfig) -> dict[str, Any]:
         config: of the run; keys that its method does not read and `FREE_KEYS` are left out.
     """
     is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
-    sections = ["policy", "train", "confidence", *(["reward", "features"] if is_live else [])]
+    # keys of sections that the method does not read are idle
+    sections = ["policy", "train", "online", "sampler", "policy_gradient", "confidence"]
+    sections += ["reward", "features"] if is_live else []
     idle = idle_keys(config)
     keys = {
         f"{section}.{name}": value
@@ -308,8 +341,14 @@ def _world(config: RunConfig) -> World:
     return World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
 
 
-class _Reporter:
-    """Hands records to the metrics file and checkpoints to Ray."""
+class Reporter:
+    """Hands records to the metrics file and checkpoints to Ray.
+
+    Args:
+        task: from the driver.
+        world: this worker.
+        identity: that checkpoints are marked with.
+    """
 
     def __init__(self, task: WorkerTask, world: World, identity: dict[str, Any]) -> None:
         from raylign.models.loading import load_tokenizer

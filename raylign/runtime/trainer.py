@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,11 +78,11 @@ def run_training(
         raise ConfigError("confidence.source=live needs the fitted reward or its directory (argument heads)")
     directory = Path(storage_path).expanduser().absolute() / name
     model = str(Path(model_path).absolute())
-    with _reward_directory(heads if is_live else None) as found:
+    with reward_directory(heads if is_live else None) as found:
         identity = run_identity(config, model=model, reward=found)
-    _check_resume(directory, config, identity)
+    check_resume(directory, config, identity)
     directory.mkdir(parents=True, exist_ok=True)
-    reward = _store_reward(heads, directory) if is_live and heads is not None else None
+    reward = store_reward(heads, directory) if is_live and heads is not None else None
     pairs = _materialise(ranked, directory)
     task = WorkerTask(
         config=config,
@@ -93,12 +93,36 @@ def run_training(
         reward=reward,
         metrics=str(directory / METRICS_FILE),
     )
+    return fit_workers(train_worker, task, directory, num_updates=_num_updates(config, pairs), callbacks=callbacks)
+
+
+def fit_workers(
+    worker: Callable[[Mapping[str, Any]], Any],
+    task: WorkerTask,
+    directory: Path,
+    *,
+    num_updates: int,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> ray.train.Result:
+    """Run a train function on Ray Train's workers, with progress, and failures told by their cause.
+
+    Args:
+        worker: gets {"task": task}; returns the error that ended training, if one did.
+        task: for every worker.
+        directory: of the training; its name is Ray Train's name of the run.
+        num_updates: length of the progress bar.
+        callbacks: of Ray Train.
+
+    Raises:
+        RaylignError: the cause of the failure.
+    """
+    config = task.config
     trainer = TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={"task": task},
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
-            name=name,
+            name=directory.name,
             storage_path=str(directory.parent),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
             failure_config=ray.train.FailureConfig(
@@ -108,10 +132,7 @@ def run_training(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    with (
-        _start_timeout(config.resources.start_timeout_s),
-        _progress(directory / METRICS_FILE, _num_updates(config, pairs)),
-    ):
+    with _start_timeout(config.resources.start_timeout_s), _progress(directory / METRICS_FILE, num_updates):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
@@ -153,8 +174,21 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")
 
 
-def _check_resume(directory: Path, config: RunConfig, identity: Mapping[str, Any]) -> None:
-    """Fail before workers start, and restart, over what can be told from here."""
+def check_resume(
+    directory: Path, config: RunConfig, identity: Mapping[str, Any], *, unknown: Sequence[str] = (PAIRS,)
+) -> None:
+    """Fail before workers start, and restart, over what can be told from here.
+
+    Args:
+        directory: of the training.
+        config: of the run.
+        identity: that its checkpoints must have.
+        unknown: entries of it that only workers can tell.
+
+    Raises:
+        OutputExistsError: a training is there and `run.resume` is not set.
+        CheckpointError: its newest checkpoint is damaged or of another run.
+    """
     if not (directory / _SNAPSHOT).exists():
         return
     if not config.run.resume:
@@ -172,11 +206,11 @@ def _check_resume(directory: Path, config: RunConfig, identity: Mapping[str, Any
             "from a backup, or start under a new run.name"
         ) from error
     if checkpoint is not None:
-        check_checkpoint(Path(checkpoint.path), identity, unknown=[PAIRS])
+        check_checkpoint(Path(checkpoint.path), identity, unknown=unknown)
 
 
 @contextmanager
-def _reward_directory(heads: FittedReward | str | Path | None) -> Iterator[Path | None]:
+def reward_directory(heads: FittedReward | str | Path | None) -> Iterator[Path | None]:
     """Where the files of a reward can be read while the block runs; nothing is written to the run yet."""
     if not isinstance(heads, FittedReward):
         yield None if heads is None else Path(heads)
@@ -186,7 +220,7 @@ def _reward_directory(heads: FittedReward | str | Path | None) -> Iterator[Path 
         yield Path(scratch)
 
 
-def _store_reward(heads: FittedReward | str | Path, directory: Path) -> str:
+def store_reward(heads: FittedReward | str | Path, directory: Path) -> str:
     """Directory that all workers read the reward from."""
     if not isinstance(heads, FittedReward):
         return str(Path(heads).absolute())

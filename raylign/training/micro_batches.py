@@ -42,7 +42,7 @@ class Packing:
 
 
 def encode(
-    policy: nn.Module, pairs: Sequence[TokenizedPair], *, layers: tuple[int, ...], packing: Packing, world: World
+    policy: nn.Module, pairs: Sequence[TokenizedPair], *, layers: tuple[int, ...] | None, packing: Packing, world: World
 ) -> Iterator[tuple[MicroBatch, PairScores]]:
     """Forward this worker's share of the pairs without gradient, dropout, or use of the random generators.
 
@@ -52,7 +52,7 @@ def encode(
     Args:
         policy: what training calls, wrapped or not.
         pairs: the whole batch, the same on every worker.
-        layers: states to keep.
+        layers: states to keep, None for none.
         packing: how micro-batches are cut.
         world: this worker.
 

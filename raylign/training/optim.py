@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 
-def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    value_heads: nn.Module | None = None,
+    value_learning_rate: float = 0.0,
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (norms, biases) are never decayed.
 
     Args:
         model: the module to train; frozen parameters are left out.
         learning_rate: peak step.
         weight_decay: decoupled decay of matrices.
+        value_heads: part of `model` that has a step of its own and no decay.
+        value_learning_rate: that step.
 
     Returns:
         Optimizer with the moments of Adam at (0.9, 0.999), the field's default for preference tuning.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    heads = [] if value_heads is None else list(value_heads.parameters())
+    is_head = {id(parameter) for parameter in heads}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in is_head]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": heads, "weight_decay": 0.0, "lr": value_learning_rate},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
 

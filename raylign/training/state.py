@@ -5,7 +5,7 @@ A checkpoint is a directory:
     policy/                 HF or PEFT directory (safetensors, tokenizer), loadable by plain transformers or peft
     trainer_state/
         state.json          schema, updates done, the settings and data it belongs to, sizes of all files
-        training.pt         optimizer, scheduler, metric window, confidence heads; read with weights_only=True
+        training.pt         optimizer, scheduler, metric window, confidence and value heads; read with weights_only=True
 
 Weights are stored in the type they are trained in (float32 master weights for full training, float32 adapters), so
 `policy/` alone restores them to the bit. Data order and dropout are functions of (seed, update, rank), so no generator
@@ -30,10 +30,12 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
 from raylign.errors import CheckpointError
+from raylign.training.gradient_metrics import GradientWindow
 from raylign.training.live_confidence import LiveConfidence
 from raylign.training.metrics import MetricWindow
 from raylign.training.parallel import is_sharded, unwrap
@@ -42,6 +44,7 @@ from raylign.training.world import World
 SCHEMA = 1
 POLICY = "policy"
 _STATE = "trainer_state"
+_VALUES = "value_heads."
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -61,7 +64,7 @@ class TrainerState:
     policy: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    window: MetricWindow
+    window: MetricWindow | GradientWindow
     live: LiveConfidence | None = None
     update: int = 0
 
@@ -88,7 +91,8 @@ def save_checkpoint(
     world = world or World()
     # Both are collectives for a sharded policy.
     optimizer_state = get_optimizer_state_dict(state.policy, state.optimizer, options=_FULL)
-    weights = _full_weights(state.policy) if is_sharded(state.policy) else None
+    weights = full_weights(state.policy) if is_sharded(state.policy) else None
+    values = value_weights(state.policy)
     if world.rank != 0:
         return
     (directory / _STATE).mkdir(parents=True, exist_ok=True)
@@ -104,6 +108,7 @@ def save_checkpoint(
         "scheduler": state.scheduler.state_dict(),
         "window": state.window.state_dict(),
         "live": None if state.live is None else state.live.state_dict(),
+        "values": values,
     }
     torch.save(training, directory / _STATE / "training.pt")
     record = {
@@ -166,6 +171,12 @@ def load_training(directory: Path, state: TrainerState) -> None:
     )
     state.scheduler.load_state_dict(training["scheduler"])
     state.window.load_state_dict(training["window"])
+    if (training["values"] is None) != (unwrap(state.policy).value_heads is None):
+        raise CheckpointError(
+            f"{directory} was made with another policy_gradient.advantage; resume with the same setting"
+        )
+    if training["values"] is not None:
+        restore_values(state.policy, training["values"])
     if state.live is not None:
         state.live.load_state_dict(training["live"])
     state.update = record["update"]
@@ -189,8 +200,15 @@ def restore_adapter(directory: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{file} holds {result.unexpected_keys[0]}, which the model lacks; {_CURE}")
 
 
-def _full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole tensors of the model inside `PolicyForward`, by its own names, on the CPU; empty but on the first rank."""
+def full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole trainable tensors of the model inside `PolicyForward`, by its own names; a collective for shards.
+
+    Args:
+        policy: what training calls, wrapped or not.
+
+    Returns:
+        Tensors on the CPU; of an adapter only its own. A tied matrix appears once. Empty but on the first worker.
+    """
     model = unwrap(policy).model
     is_adapter = hasattr(model, "get_base_model")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
@@ -198,8 +216,22 @@ def _full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
     # Gathering copies a tied matrix once per name, which hides from transformers that one file entry is enough.
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
-    named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    named = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
     return {name: tensor for name, tensor in named.items() if name not in tied}
+
+
+def value_weights(policy: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Whole tensors of the value heads on the CPU, None without any; a collective for shards."""
+    if unwrap(policy).value_heads is None:
+        return None
+    weights = get_model_state_dict(policy, options=_FULL)
+    return {name: tensor for name, tensor in weights.items() if name.startswith(_VALUES)}
+
+
+def restore_values(policy: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put saved value heads in place, leaving the model as it is."""
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(policy, dict(values), options=options)
 
 
 _CURE = "restore it from a backup, or start under a new run.name"

@@ -1,0 +1,155 @@
+"""Run the online methods on Ray Train: engines and scorer beside the training workers, rounds kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+import ray.train
+
+from raylign.config import RunConfig
+from raylign.cost.ledger import Ledger
+from raylign.errors import ResourceError, SamplerError
+from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.online_worker import OnlineTask, online_worker, round_schedule
+from raylign.runtime.phases import write_json
+from raylign.runtime.prompts import read_prompts, write_prompts
+from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.reward_job import FittedReward
+from raylign.runtime.sampler import SamplerPool
+from raylign.runtime.scorer import ResponseScorer
+from raylign.runtime.train_worker import base_model_name, run_identity
+from raylign.runtime.trainer import METRICS_FILE, check_resume, fit_workers, reward_directory, store_reward
+
+if TYPE_CHECKING:
+    import ray.data
+
+PROMPTS_FILE = "prompts.parquet"
+ROUNDS_DIR = "rounds"
+LEDGER_DIR = "ledger"
+_PROMPTS = "prompts"  # the entry of a checkpoint's identity that only workers can tell
+
+
+def run_online(
+    pairs: ray.data.Dataset,
+    *,
+    config: RunConfig,
+    model_path: str | Path,
+    heads: FittedReward | str | Path,
+    layers: tuple[int, ...],
+    storage_path: str | Path,
+    name: str,
+    ledger: Ledger | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> ray.train.Result:
+    """Train the policy on its own responses; the newest checkpoint holds a plain HF or PEFT directory `policy/`.
+
+    Everything is written below `<storage_path>/<name>`: `metrics.jsonl`, `prompts.parquet`, `rounds/` with every
+    sampled and scored response, and checkpoints `step_<update>`. A run found there is continued when
+    `config.run.resume` is set: finished rounds are read, not sampled again. Ray must be initialised.
+
+    Args:
+        pairs: with the columns of the ingest phase; the distinct prompts of the training split are sampled from.
+        config: of the run; `train.method` is online_dpo or policy_gradient.
+        model_path: directory of the policy before training, which is the reference.
+        heads: fitted reward or directory of the reward phase.
+        layers: transformer layers that the heads were fitted on.
+        storage_path: directory that all nodes see.
+        name: of this training below it.
+        ledger: what it costs is recorded here; by default in `ledger/` of the training.
+        callbacks: of Ray Train, run on its controller.
+
+    Returns:
+        Ray's result; `metrics` is the last record, `checkpoint` the last checkpoint.
+
+    Raises:
+        ResourceError: workers, engines and scorer do not fit the cluster, or did not start in time.
+        MissingDependencyError: vLLM is not installed.
+        OutputExistsError: a training is there and `run.resume` is not set.
+        CheckpointError: the checkpoint to resume from is damaged or of another run.
+        SamplerError: vLLM refuses the model, or engines died or hung too often.
+        StaleWeightsError: an engine does not hold the trainer's weights.
+        TrainingError: the loss is not finite, or workers failed more than `train.max_failures` times.
+    """
+    plan = ResourcePlan.from_config(config)
+    check_plan(plan, ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    directory = Path(storage_path).expanduser().absolute() / name
+    model = str(Path(model_path).absolute())
+    with reward_directory(heads) as found:
+        identity = run_identity(config, model=model, reward=found)
+    check_resume(directory, config, identity, unknown=[_PROMPTS])
+    directory.mkdir(parents=True, exist_ok=True)
+    reward = store_reward(heads, directory)
+    prompts = directory / PROMPTS_FILE
+    if not prompts.exists():
+        counts = write_prompts(pairs, prompts, max_prompt_tokens=_prompt_room(config, model))
+        write_json(directory / "prompts.json", asdict(counts))
+    with _samplers(config, model, reward, layers) as (sampler, scorer):
+        task = OnlineTask(
+            config=config,
+            pairs=str(prompts),
+            model=model,
+            base=base_model_name(config.policy.model, model),
+            identity=identity,
+            reward=reward,
+            metrics=str(directory / METRICS_FILE),
+            rounds=str(directory / ROUNDS_DIR),
+            sampler=sampler,
+            scorer=scorer,
+            ledger=ledger or Ledger(directory / LEDGER_DIR, run=name, method=config.train.method),
+            devices=plan.training_devices,
+        )
+        num_updates = round_schedule(task, len(read_prompts(prompts))).num_updates
+        return fit_workers(online_worker, task, directory, num_updates=num_updates, callbacks=callbacks)
+
+
+def _prompt_room(config: RunConfig, model: str) -> int | None:
+    """Tokens that a prompt may have so that a response of full length fits behind it."""
+    from raylign.models.loading import context_length, load_config
+
+    context = context_length(load_config(model, trust_remote_code=config.policy.trust_remote_code))
+    return None if context is None else context - config.sampler.max_new_tokens
+
+
+@contextmanager
+def _samplers(config: RunConfig, model: str, reward: str, layers: tuple[int, ...]) -> Iterator[tuple[SamplerPool, Any]]:
+    """Engines and scorer, started together and gone at the end of the block."""
+    sampler = config.sampler
+    options = ActorOptions(
+        num_cpus=sampler.scorer_cpus,
+        num_gpus=sampler.scorer_gpus,
+        dtype=config.policy.dtype,
+        trust_remote_code=config.policy.trust_remote_code,
+        adapter=config.policy.adapter,
+        parallel=config.train.parallel,
+    )
+    scorer = (
+        ray.remote(ResponseScorer)
+        .options(num_cpus=sampler.scorer_cpus, num_gpus=sampler.scorer_gpus)
+        .remote(model, reward, layers, options)
+    )
+    pool: SamplerPool | None = None
+    try:
+        pool = SamplerPool.start(model, config=config)
+        _await_scorer(scorer, sampler.start_timeout_s)
+        yield pool, scorer
+    finally:
+        ray.kill(scorer)
+        if pool is not None:
+            pool.stop()
+
+
+def _await_scorer(scorer: Any, timeout_s: float) -> None:
+    try:
+        ray.get(scorer.is_ready.remote(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ResourceError(
+            f"the scorer did not start within sampler.start_timeout_s={timeout_s:g}: another job may hold the resources"
+        ) from error
+    except ray.exceptions.RayActorError as error:
+        raise SamplerError(f"the scorer cannot load the reference or the reward: {error}") from error

@@ -1,0 +1,239 @@
+"""One policy-gradient update: prompts of a round in, moved weights out.
+
+Advantages belong to the round and are computed once, from the numbers stored with it; an update only reads them. As
+for stored pairs, the batch is one sum over its tokens (or responses) divided by their number over all workers, however
+it is cut into micro-batches.
+
+A method with another reward (robust, constrained) changes the `rewards` that `round_targets` is given, or the number
+of value heads; nothing else here knows where a reward comes from.
+
+Shape letters: n responses of a round, N their tokens, H value heads, T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from raylign.config import PolicyGradientSection, TrainSection
+from raylign.losses import policy_gradient
+from raylign.losses.advantages import (
+    gae,
+    group_advantages,
+    kl_estimates,
+    rewards_at_end,
+    sequence_scores,
+    token_rewards,
+)
+from raylign.training.micro_batches import Packing
+from raylign.training.online_pairs import couple_responses
+from raylign.training.optim import trainable
+from raylign.training.parallel import unwrap
+from raylign.training.rounds import Round
+from raylign.training.step import check_finite, clip_gradient, gradient_sync, seeded
+from raylign.training.world import World
+from raylign.types import PackedBatch, PairScores
+
+# Sums over the counted tokens of an update, reduced over workers.
+SUMS = ("policy_loss", "value_loss", "is_clipped", "policy_change", "tokens", "slots")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTargets:
+    """What the updates of a round move towards, per response token.
+
+    Attributes:
+        logps_old: (N,) trainer's log-probabilities at the start of the round, nats.
+        importance: (N,) truncated weight of trainer over sampler probability.
+        advantages: (N,) reward units.
+        values_old: (N,) value head at the start of the round, None without one.
+        returns: (N,) what the value head learns, None without one.
+        facts: numbers for the metrics.
+    """
+
+    logps_old: torch.Tensor
+    importance: torch.Tensor
+    advantages: torch.Tensor
+    values_old: torch.Tensor | None
+    returns: torch.Tensor | None
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSummary:
+    """What one update did, the same on every worker.
+
+    Attributes:
+        sums: over the update's tokens, by name (`SUMS`).
+        num_responses: in the update.
+        grad_norm: norm of the policy's gradient before clipping.
+        learning_rate: that the update used.
+    """
+
+    sums: dict[str, float]
+    num_responses: int
+    grad_norm: float
+    learning_rate: float
+
+
+def round_targets(round_: Round, *, settings: PolicyGradientSection, rewards: np.ndarray | None = None) -> RoundTargets:
+    """Advantages and importance weights of a round.
+
+    Args:
+        round_: with the trainer's log-probabilities, and with values for advantage=gae.
+        settings: estimator and its constants.
+        rewards: (n,) in place of the rewards of the responses, for example penalised ones. None uses those.
+    """
+    assert round_.policy_logps is not None
+    scored = round_.scored
+    logps_old = torch.from_numpy(round_.policy_logps).double()
+    reference = torch.from_numpy(np.concatenate([item.reference_token_logps for item in scored])).double()
+    sampler = torch.from_numpy(np.concatenate([item.rollout.sampler_logps for item in scored])).double()
+    sequence = torch.repeat_interleave(torch.arange(len(scored)), torch.from_numpy(np.diff(round_.offsets)))
+    reward = torch.from_numpy(round_.rewards if rewards is None else rewards).double()
+    kl, _ = kl_estimates(logps_old, reference)
+    constants = {"beta": settings.beta, "score_clip": settings.score_clip}
+    values_old, returns = None, None
+    if settings.advantage == "gae":
+        assert round_.values is not None
+        values_old = torch.from_numpy(round_.values[:, 0]).double()
+        per_token = token_rewards(rewards_at_end(reward, sequence), kl, **constants)
+        advantages, returns = gae(per_token, values_old, sequence, gae_lambda=settings.gae_lambda)
+    else:
+        score = sequence_scores(reward, kl, sequence, **constants)
+        group = torch.tensor([item.rollout.prompt_index for item in scored])
+        advantages = group_advantages(score, group, scale=settings.group_scale)[sequence]
+    stats = policy_gradient.importance_stats(logps_old, sampler, cap=settings.importance_cap).summary()
+    facts = {f"importance/{name}": value for name, value in stats.items()} | {
+        "actor/reference_kl": float(kl.sum() / len(scored)),
+        "critic/advantages/mean": float(advantages.mean()),
+        "critic/advantages/std": float(advantages.std(correction=0)),
+    }
+    if returns is not None and values_old is not None:
+        unexplained = (returns - values_old).var(correction=0) / returns.var(correction=0).clamp_min(1e-12)
+        facts["critic/explained_variance"] = float(1 - unexplained)
+    return RoundTargets(
+        logps_old=logps_old.float(),
+        importance=policy_gradient.importance_weights(logps_old, sampler, cap=settings.importance_cap).float(),
+        advantages=advantages.float(),
+        values_old=None if values_old is None else values_old.float(),
+        returns=None if returns is None else returns.float(),
+        facts=facts,
+    )
+
+
+def gradient_update(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    round_: Round,
+    targets: RoundTargets,
+    prompts: np.ndarray,
+    *,
+    update: int,
+    settings: TrainSection,
+    gradient: PolicyGradientSection,
+    packing: Packing,
+    seed: int,
+    world: World | None = None,
+) -> GradientSummary:
+    """Move the policy by one optimiser step on the responses to some prompts of a round.
+
+    Args:
+        policy: `PolicyForward`, plain or wrapped in DDP or FSDP2; with a value head for advantage=gae.
+        optimizer: over its parameters.
+        scheduler: stepped once.
+        round_: the same on every worker.
+        targets: of the round.
+        prompts: positions in the round. Shape (B,).
+        update: number of updates finished before this one.
+        settings: optimiser constants.
+        gradient: clipping and reduction.
+        packing: how the worker's share is cut into micro-batches.
+        seed: of the run.
+        world: this worker; None for a single process.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; the weights are those before the update.
+    """
+    world = world or World()
+    couples = couple_responses(round_, prompts)
+    members = [position for prompt in prompts for position in round_.by_prompt[prompt]]
+    num_tokens = int(np.diff(round_.offsets)[members].sum())
+    with seeded(seed, update, world):
+        policy.train()
+        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
+        micro_batches = packing.plan(couples.tokens, world)
+        for position, micro in enumerate(micro_batches):
+            with gradient_sync(policy, is_last=position == len(micro_batches) - 1):
+                packed = packing.pack(couples.tokens, micro, world)
+                index = couples.token_index(round_, micro.indices)
+                weight = torch.from_numpy(couples.token_weight(round_, micro.indices)).to(world.device) * micro.weight
+                losses = _token_losses(policy(packed), targets, torch.from_numpy(index), gradient)
+                share = policy_gradient.reduce_loss(
+                    (losses["policy_loss"] + losses["value_loss"]) * weight,
+                    reduction=gradient.reduction,
+                    num_tokens=num_tokens,
+                    num_sequences=len(members),
+                )
+                # DDP and FSDP average gradients over workers; the sum is what equals one large batch.
+                (share * world.size).backward()
+            sums += _sums(losses, weight, packed)
+        sums = world.sum(sums).cpu()
+    value_heads = unwrap(policy).value_heads
+    heads = [] if value_heads is None else list(value_heads.parameters())
+    body = [parameter for parameter in trainable(policy) if not any(parameter is head for head in heads)]
+    grad_norm = clip_gradient(body, settings.max_grad_norm)
+    clip_gradient(heads, settings.max_grad_norm)
+    check_finite(sums[:2], grad_norm, update, learning_rate=settings.learning_rate, items="loss sums")
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return GradientSummary(
+        sums=dict(zip(SUMS, sums.tolist(), strict=True)),
+        num_responses=len(members),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+    )
+
+
+def _token_losses(
+    scores: PairScores, targets: RoundTargets, index: torch.Tensor, gradient: PolicyGradientSection
+) -> dict[str, torch.Tensor]:
+    """Losses (T,) of the scored tokens of one micro-batch."""
+    assert scores.token_logps is not None
+    device = scores.token_logps.device
+    logps_old, advantages, importance = (
+        values[index].to(device) for values in (targets.logps_old, targets.advantages, targets.importance)
+    )
+    policy_loss = policy_gradient.clipped_surrogate(
+        scores.token_logps, logps_old, advantages, clip=gradient.clip, importance_weight=importance
+    )
+    value_loss = torch.zeros_like(policy_loss)
+    if targets.values_old is not None and targets.returns is not None and scores.token_values is not None:
+        value_loss = policy_gradient.value_loss(
+            scores.token_values[:, 0],
+            targets.values_old[index].to(device),
+            targets.returns[index].to(device),
+            value_clip=gradient.value_clip,
+        )
+    # k3 of the policy before the round against the policy now: an estimate that is never negative
+    _, policy_change = kl_estimates(logps_old, scores.token_logps)
+    is_clipped = policy_gradient.is_clipped(scores.token_logps, logps_old, advantages, clip=gradient.clip)
+    return {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "is_clipped": is_clipped.float(),
+        "policy_change": policy_change.detach(),
+    }
+
+
+def _sums(losses: dict[str, torch.Tensor], weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    """One entry per name of `SUMS`."""
+    totals = [(losses[name].detach().double() * weight).sum() for name in SUMS[:4]]
+    return torch.stack([*totals, weight.double().sum(), weight.new_tensor(packed.input_ids.numel()).double()])
