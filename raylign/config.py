@@ -236,7 +236,10 @@ class EvaluateSection(Section):
     num_prompts: int = Field(160, ge=2, description="prompts used, half of them benign, chosen by seed")
     max_new_tokens: int = Field(64, ge=4, description="length limit of an answer")
     temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 is greedy")
-    batch_size: int = Field(64, ge=1, description="prompts generated together")
+    best_of: int = Field(
+        1, ge=1, description="answers sampled per prompt, of which the one with the highest reward is judged"
+    )
+    batch_size: int = Field(64, ge=1, description="answers generated together")
     num_actors: int = Field(1, ge=1, description="actors that answer and judge, each with features.cpus_per_actor CPUs")
     drift_prompts: int = Field(24, ge=4, description="held-out prompts whose candidates measure drift")
     drift_candidates: int = Field(8, ge=2, description="answers sampled per prompt from the reference")
@@ -341,6 +344,11 @@ def check_effects(config: RunConfig) -> None:
         raise ConfigError(
             f"sampler.temperature={config.sampler.temperature:g} and sampler.top_p={config.sampler.top_p:g} must both "
             "be 1 for train.method=policy_gradient: other values sample from another policy than the trained one"
+        )
+    if config.evaluate.best_of > 1 and config.evaluate.temperature == 0:
+        raise ConfigError(
+            f"evaluate.best_of={config.evaluate.best_of} needs evaluate.temperature above 0: "
+            "greedy answers are all alike"
         )
     if config.data.valid_fraction + config.data.test_fraction >= 1:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")

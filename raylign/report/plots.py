@@ -34,14 +34,25 @@ _BARS = (
     ("degenerate", "degenerate\nanswers"),
 )
 _CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("Loss (nats per pair)", (("loss", "loss"),)),
+    ("Loss", (("loss", "loss"),)),
     ("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("Reward margin: higher separates better", (("rewards/margins", "margin"),)),
     ("Training pairs in stored order", (("rewards/accuracies", "accuracy"),)),
     ("Mean label confidence", (("confidence/mean", "confidence"),)),
     ("Pairs flipped (confidence < 1/2)", (("confidence/flips", "flips"),)),
+    ("Reward of sampled responses", (("critic/score/mean", "mean reward"),)),
+    ("Length of sampled responses (tokens)", (("response_length/mean", "length"),)),
+    ("Responses cut at the length limit", (("response_length/clip_ratio", "cut"),)),
+    ("KL of sampled responses from the reference (nats)", (("sampler/reference_kl", "KL"),)),
+    ("Response tokens clipped", (("actor/clip_fraction", "clipped"),)),
 )
-_SHARES = {"rewards/accuracies", "confidence/mean", "confidence/flips"}
+_SHARES = {
+    "rewards/accuracies",
+    "confidence/mean",
+    "confidence/flips",
+    "response_length/clip_ratio",
+    "actor/clip_fraction",
+}
 
 
 def to_png(figure: Figure) -> bytes:

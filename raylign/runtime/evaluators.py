@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from raylign.config import EvaluateSection, PolicySection
+from raylign.errors import ConfigError
 from raylign.evaluation.generation import GeneratedResponse, generate_responses
 from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.prompts import EvaluationPrompt
@@ -124,11 +125,16 @@ class Evaluator:
             temperature=self._config.temperature,
             batch_size=self._config.batch_size,
             seed=self._seed,
+            num_samples=self._config.best_of,
         )
-        texts = [answer.text for answer in answers]
-        rewards = np.full(len(texts), np.nan)
+        rewards = np.full(len(answers), np.nan)
         if self._reward_fn is not None:
-            rewards = self._reward_fn([prompt.messages for prompt in prompts], texts)
+            rewards = self._reward_fn(
+                [prompts[answer.prompt_index].messages for answer in answers], [answer.text for answer in answers]
+            )
+        chosen = best_answers(rewards, self._config.best_of)
+        answers, rewards = [answers[row] for row in chosen], rewards[chosen]
+        texts = [answer.text for answer in answers]
         return {
             "model": np.array([name] * len(texts), dtype=object),
             "index": np.array(indices),
@@ -145,6 +151,29 @@ class Evaluator:
             self._loaded = None  # frees the other policy before this one is loaded
             self._loaded = (name, *_load(self._models[name], self._options))
         return self._loaded[1:]
+
+
+def best_answers(rewards: np.ndarray, best_of: int) -> np.ndarray:
+    """Best-of-n: rows of the answers with the highest reward of their prompt, the first of equal ones.
+
+    Args:
+        rewards: (P * best_of,) with the answers of a prompt in a row.
+        best_of: n.
+
+    Returns:
+        (P,) int64.
+
+    Raises:
+        ConfigError: there is something to choose from, and no reward to choose by.
+    """
+    if best_of > 1 and np.isnan(rewards).any():
+        raise ConfigError(
+            f"evaluate.best_of={best_of} chooses by the run's reward, which this evaluation does not have; evaluate "
+            "inside a run (raylign align), give make_reward_fn, or set evaluate.best_of=1"
+        )
+    by_prompt = rewards.reshape(-1, best_of)
+    rows: np.ndarray = np.arange(len(by_prompt)) * best_of + (by_prompt.argmax(axis=1) if best_of > 1 else 0)
+    return rows
 
 
 class DriftScorer:

@@ -191,6 +191,40 @@ class _Phases:
             return {"checkpoint": str(Path(result.checkpoint.path) / POLICY_DIR), "metrics": result.metrics}
 
         _, facts = self.run.phase("train", key, work)
+        return self._link(facts)
+
+    def train_online(
+        self, ingest: Path, fingerprint: str, reward: Path, reward_key: str
+    ) -> tuple[Path, dict[str, Any]]:
+        """The trainer that samples its own responses to the prompts of the training split."""
+        config = self.config
+        key = {
+            "pairs": fingerprint,
+            "reward": reward_key,
+            "model": model_fingerprint(self.model),
+            **method_identity(config),
+        }
+
+        def work(directory: Path) -> dict[str, Any]:
+            from raylign.runtime.online_trainer import run_online
+
+            with track_run(config, self.run.directory, directory / METRICS_FILE):
+                result = run_online(
+                    read_pairs(ingest),
+                    config=config.model_copy(update={"run": config.run.model_copy(update={"resume": True})}),
+                    model_path=self.model,
+                    heads=reward,
+                    layers=self.layers,
+                    storage_path=directory.parent,
+                    name=directory.name,
+                )
+            return {"checkpoint": str(Path(result.checkpoint.path) / POLICY_DIR), "metrics": result.metrics}
+
+        _, facts = self.run.phase("train", key, work)
+        return self._link(facts)
+
+    def _link(self, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """`<run>/checkpoint` leads to the trained policy."""
         link = self.run.directory / "checkpoint"
         if not link.is_symlink():
             link.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory))
@@ -250,8 +284,12 @@ def align(config: RunConfig) -> AlignResult:
     features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = phases.reward(features, features_digest)
     reward_key = digest([features_digest, reward_facts])
-    ranked, rank_facts = phases.rank(features, reward, reward_key)
-    checkpoint, train_facts = phases.train(ranked, digest([reward_key, rank_facts]), reward)
+    if config.train.method == "offline":
+        ranked, rank_facts = phases.rank(features, reward, reward_key)
+        checkpoint, train_facts = phases.train(ranked, digest([reward_key, rank_facts]), reward)
+    else:
+        rank_facts = None
+        checkpoint, train_facts = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
     _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward)
     report = write_report(
         config,

@@ -43,14 +43,14 @@ class WrittenReport:
 
 
 def write_report(
-    config: RunConfig, run: Run, *, facts: Mapping[str, Mapping[str, Any]], layers: tuple[int, ...], checkpoint: Path
+    config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tuple[int, ...], checkpoint: Path
 ) -> WrittenReport:
     """Collect the phases' results and write `report.html`, `report.json` and the checkpoint's model card.
 
     Args:
         config: of the run.
         run: whose directory gets the files.
-        facts: manifest facts by phase: ingest, reward, rank, train, evaluate.
+        facts: manifest facts by phase: ingest, reward, rank (None when nothing was ranked), train, evaluate.
         layers: transformer layers of the features.
         checkpoint: directory of the trained policy; gets `README.md`.
     """
@@ -65,9 +65,7 @@ def write_report(
     return WrittenReport(html=html, data=data, table=comparison_table(data.comparison))
 
 
-def collect(
-    config: RunConfig, run: Run, *, facts: Mapping[str, Mapping[str, Any]], layers: tuple[int, ...]
-) -> ReportData:
+def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tuple[int, ...]) -> ReportData:
     """The report's input from the run directory and the manifests."""
     evaluate = run.directory / "evaluate"
     completions = load_completions(evaluate / COMPLETIONS_FILE)
@@ -77,7 +75,7 @@ def collect(
         run_name=config.run.name,
         base_model=config.policy.model,
         dataset=config.data.path,
-        objective=config.train.objective,
+        objective=method_name(config),
         is_adapter=config.policy.adapter == "lora",
         comparison=compare_summaries(
             completions["before"],
@@ -147,7 +145,17 @@ def _reward_quality(metrics: Mapping[str, Any], layers: tuple[int, ...]) -> Rewa
     )
 
 
-def _confidence(config: RunConfig, facts: Mapping[str, Any]) -> ConfidenceFacts | NotMeasured:
+def method_name(config: RunConfig) -> str:
+    """The method in one or two words: the loss of stored pairs, or the online method with its loss."""
+    train = config.train
+    if train.method == "offline":
+        return train.objective
+    return f"online {train.objective}" if train.method == "online_dpo" else "policy gradient"
+
+
+def _confidence(config: RunConfig, facts: Mapping[str, Any] | None) -> ConfidenceFacts | NotMeasured:
+    if facts is None:
+        return NotMeasured(reason=f"train.method={config.train.method} samples its responses and reads no stored label")
     if config.train.objective != "label_confidence":
         return NotMeasured(reason=f"train.objective={config.train.objective} does not read label confidence")
     if config.confidence.source == "live":

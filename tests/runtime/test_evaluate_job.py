@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 
 from raylign.assets import asset_path
 from raylign.config import EvaluateSection, FeaturesSection
-from raylign.errors import DataError, ModelError
+from raylign.errors import ConfigError, DataError, ModelError
 from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.prompts import load_prompts, select_prompts
 from raylign.evaluation.refusal import load_refusal_labels
@@ -179,6 +179,38 @@ def test_drift_of_the_same_policy_is_none_and_of_another_is_seen(ray_cluster, se
     assert other.kl.mean > 0
     save_drift(tmp_path / "drift.json", other)
     assert json.loads((tmp_path / "drift.json").read_text())["kl"]["mean"] == other.kl.mean
+
+
+def test_best_of_n_judges_the_answer_that_the_reward_prefers(section, policies):
+    """Of four answers per prompt the longest is judged; one sample gives the first of the four."""
+    prompts = select_prompts(load_prompts("embedded"), num=8, seed=0)
+    found = {}
+    for best_of in (1, 4):
+        evaluator = Evaluator(
+            models={"before": str(policies["before"])},
+            prompts=prompts,
+            config=section.model_copy(update={"best_of": best_of}),
+            seed=0,
+            options=ActorOptions(),
+            make_reward_fn=make_length_reward(),
+        )
+        found[best_of] = evaluator({"model": np.array(["before"] * 8, dtype=object), "index": np.arange(8)})
+    assert (found[4]["reward"] >= found[1]["reward"]).all()
+    assert found[4]["reward"].sum() > found[1]["reward"].sum()
+    assert [float(len(text)) for text in found[4]["response"]] == found[4]["reward"].tolist()
+
+
+def test_best_of_n_needs_a_reward(section, policies):
+    evaluator = Evaluator(
+        models={"before": str(policies["before"])},
+        prompts=select_prompts(load_prompts("embedded"), num=8, seed=0),
+        config=section.model_copy(update={"best_of": 2}),
+        seed=0,
+        options=ActorOptions(),
+        make_reward_fn=None,
+    )
+    with pytest.raises(ConfigError, match=r"evaluate\.best_of=2 chooses by the run's reward"):
+        evaluator({"model": np.array(["before"], dtype=object), "index": np.arange(1)})
 
 
 def test_candidates_do_not_depend_on_the_trained_policy(section, policies):
