@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,24 +75,38 @@ class Ledger:
         run: name of the run.
         method: train.method of the run.
         fingerprint: of what makes two rows comparable, see `LedgerRow`.
+        kinds: what to call kinds of device in the rows, for example {"gpu": "H200"}; others keep their name.
         parent: id of the entry that this ledger's outermost entries are nested in, "" for none.
     """
 
     def __init__(
-        self, directory: str | Path, *, run: str = "", method: str = "", fingerprint: str = "", parent: str = ""
+        self,
+        directory: str | Path,
+        *,
+        run: str = "",
+        method: str = "",
+        fingerprint: str = "",
+        kinds: Mapping[str, str] | None = None,
+        parent: str = "",
     ) -> None:
         self.directory = Path(directory).absolute()
         self._labels = {"run": run, "method": method, "fingerprint": fingerprint}
+        self._kinds = dict(kinds or {})
         self._parent = parent
         self._writer: _Writer | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (str(self.directory), {**self._labels, "parent": self._parent})
+        return _rebuild, (str(self.directory), self._labels, self._kinds, self._parent)
 
-    def below(self, entry: Entry) -> Ledger:
-        """A ledger for other processes, or other threads, whose entries are nested in `entry`."""
-        return Ledger(self.directory, **self._labels, parent=entry.id)
+    def below(self, entry: Entry | None = None) -> Ledger:
+        """A ledger for other processes, or other threads, whose entries are nested in an entry of this one.
+
+        Args:
+            entry: None for the one that is open around the call.
+        """
+        parent = entry.id if entry is not None else _current.get() or self._parent
+        return Ledger(self.directory, **self._labels, kinds=self._kinds, parent=parent)
 
     @contextmanager
     def measure(self, phase: str, *, devices: Mapping[str, float], status: Status = "measured") -> Iterator[Entry]:
@@ -100,14 +114,15 @@ class Ledger:
 
         Args:
             phase: what is done.
-            devices: reserved devices by kind, for example {"cpu": 1.5} or {"H200": 1}; what the block keeps others
-                from using, whether it computes or waits.
+            devices: reserved devices by kind, for example {"cpu": 1.5, "gpu": 1}; what the block keeps others from
+                using, whether it computes or waits.
             status: see `LedgerRow`.
         """
         writer = self._open_writer()
         entry = Entry()
         parent = _current.get() or self._parent
-        writer.start(entry, {**self._labels, "parent": parent, "phase": phase, "status": status}, devices)
+        named = {self._kinds.get(kind, kind): count for kind, count in devices.items()}
+        writer.start(entry, {**self._labels, "parent": parent, "phase": phase, "status": status}, named)
         token = _current.set(entry.id)
         error = ""
         try:
@@ -141,8 +156,13 @@ class Ledger:
             return self._writer
 
 
-def _rebuild(directory: str, labels: Mapping[str, str]) -> Ledger:
-    return Ledger(directory, **labels)
+def _rebuild(directory: str, labels: Mapping[str, str], kinds: Mapping[str, str], parent: str) -> Ledger:
+    return Ledger(directory, **labels, kinds=kinds, parent=parent)
+
+
+def measured(ledger: Ledger | None, phase: str, devices: Mapping[str, float]) -> AbstractContextManager[Entry]:
+    """`Ledger.measure`, or an entry that is thrown away when nobody keeps a ledger."""
+    return nullcontext(Entry()) if ledger is None else ledger.measure(phase, devices=devices)
 
 
 class _Writer:

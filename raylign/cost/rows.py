@@ -97,6 +97,7 @@ class LedgerRow:
 
     Attributes:
         id: unique.
+        parent: id of the entry that this one is nested in, "" for none.
         phase: what was done, for example "generate".
         stage: phase of the outermost entry that this one is nested in, itself when there is none.
         status: "measured" for time that passed here, "computed" for numbers from formulas alone.
@@ -105,6 +106,7 @@ class LedgerRow:
         fingerprint: of what makes two rows comparable (device, dtype, model, prompts and lengths); "" when unknown.
         devices: reserved devices by kind, fractions of CPUs included.
         started_at: seconds since 1970.
+        wall_s: seconds from its start to its end, nested entries included.
         cost: of this entry without those nested in it.
         reused: what an artefact found ready had cost when it was made, None otherwise; not part of `cost`.
         is_finished: False when the process died inside the entry, which then counts up to its last sign of life.
@@ -112,6 +114,7 @@ class LedgerRow:
     """
 
     id: str
+    parent: str
     phase: str
     stage: str
     status: Status
@@ -120,6 +123,7 @@ class LedgerRow:
     fingerprint: str
     devices: Mapping[str, float]
     started_at: float
+    wall_s: float
     cost: Cost
     reused: Cost | None = None
     is_finished: bool = True
@@ -206,6 +210,25 @@ def total_reused(rows: Iterable[LedgerRow]) -> Cost:
     return sum((row.reused for row in rows if row.reused is not None), Cost())
 
 
+def total_below(rows: Iterable[LedgerRow], id: str) -> Cost:
+    """Sum of the costs of an entry and of all entries nested in it, over the wall seconds from its start to its end.
+
+    Args:
+        rows: of the ledger.
+        id: of the entry.
+
+    Raises:
+        KeyError: no such entry.
+    """
+    by_id = {row.id: row for row in rows}
+
+    def is_within(row: LedgerRow) -> bool:
+        return row.id == id or (row.parent in by_id and is_within(by_id[row.parent]))
+
+    within = [row for row in by_id.values() if is_within(row)]
+    return dataclasses.replace(total(within), wall_s=by_id[id].wall_s)
+
+
 def money(device_s: Mapping[str, float], prices: Mapping[str, float]) -> float:
     """Price of device-seconds, in the currency of the table.
 
@@ -234,6 +257,7 @@ def _row(entry: _Entry, entries: Mapping[str, _Entry]) -> LedgerRow:
     reused = started.get("reused")
     return LedgerRow(
         id=started["id"],
+        parent=started["parent"],
         phase=started["phase"],
         stage=root.started["phase"],
         status=started["status"],
@@ -242,6 +266,7 @@ def _row(entry: _Entry, entries: Mapping[str, _Entry]) -> LedgerRow:
         fingerprint=started["fingerprint"],
         devices=started["devices"],
         started_at=started["started_at"],
+        wall_s=entry.wall_s,
         cost=Cost(
             wall_s=max(0.0, entry.wall_s - _covered(entry)),
             device_s={
@@ -290,8 +315,3 @@ def _read_signs(file: Path) -> Mapping[str, Mapping[str, Any]]:
     except (FileNotFoundError, ValueError):
         return {}
     return content
-
-
-def select(rows: Sequence[LedgerRow], *, phases: Sequence[str]) -> list[LedgerRow]:
-    """Rows of the given phases, in their order."""
-    return [row for row in rows if row.phase in phases]

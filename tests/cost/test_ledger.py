@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from raylign.cost import ledger as ledger_module
-from raylign.cost.ledger import Ledger
+from raylign.cost.ledger import Ledger, measured
 from raylign.cost.rows import Cost, Counts, LedgerRow, read_ledger, total, total_reused
 
 
@@ -85,6 +85,33 @@ def test_a_pickled_ledger_keeps_its_labels_and_parent(ledger):
     rows = {row.phase: row for row in read_ledger(ledger.directory)}
     assert rows["policy_update"].stage == "train"
     assert (rows["policy_update"].run, rows["policy_update"].method) == ("a", "offline")
+
+
+def test_below_without_an_entry_means_the_one_that_is_open(ledger):
+    with ledger.measure("features", devices={}), ledger.below().measure("reference_forward", devices={}):
+        pass
+    inner = ledger.below()  # nothing is open: the same as the ledger itself
+    with inner.measure("rank", devices={}):
+        pass
+    rows = {row.phase: row for row in read_ledger(ledger.directory)}
+    assert rows["reference_forward"].parent == rows["features"].id
+    assert rows["rank"].parent == ""
+
+
+def test_devices_get_the_names_of_the_machine(tmp_path):
+    named = Ledger(tmp_path, kinds={"gpu": "H200"})
+    with named.measure("train", devices={"cpu": 1, "gpu": 2}):
+        pass
+    with pickle.loads(pickle.dumps(named.below())).measure("train", devices={"gpu": 2}):
+        pass
+    assert [row.devices for row in read_ledger(tmp_path)] == [{"cpu": 1, "H200": 2}, {"H200": 2}]
+
+
+def test_without_a_ledger_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with measured(None, "score", {"cpu": 1}) as entry:
+        entry.add(num_items=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_reuse_is_free_and_counts_once(ledger):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raylign.cost.rows import Cost, Counts, LedgerRow, money, read_ledger, select, total, totals
+from raylign.cost.rows import Cost, Counts, LedgerRow, money, read_ledger, total, total_below, totals
 from raylign.errors import DataError
 
 
@@ -49,6 +49,21 @@ def test_nested_time_is_counted_where_it_was_spent(tmp_path):
     assert {name: row.cost.wall_s for name, row in rows.items()} == {"train": 20, "update": 30, "later": 40, "sync": 10}
     assert total(rows.values()).device_s == {"cpu": 200}
     assert {row.stage for row in rows.values()} == {"train"}
+
+
+def test_what_an_entry_and_all_below_it_cost(tmp_path):
+    write(
+        tmp_path,
+        "driver",
+        entry("train", 0, 100, 2),
+        entry("later", 40, 50, 2, parent="train", num_items=1),
+        entry("sync", 50, 10, 1, parent="later", num_items=2),
+    )
+    cost = total_below(read_ledger(tmp_path), "later")
+    assert cost == Cost(wall_s=50, device_s={"cpu": 100}, counts=Counts(num_items=3), peak_rss_mib=1)
+    assert total_below(read_ledger(tmp_path), "train").device_s == {"cpu": 200}
+    with pytest.raises(KeyError):
+        total_below(read_ledger(tmp_path), "nobody")
 
 
 def test_entries_side_by_side_cover_time_once_and_devices_twice(tmp_path):
@@ -122,7 +137,6 @@ def test_totals_by_phase_and_stage(tmp_path):
     assert {name: cost.device_s["cpu"] for name, cost in by_phase.items()} == {"train": 12, "update": 8, "rank": 5}
     assert by_stage["train"].counts.num_items == 2
     assert list(by_phase) == ["train", "update", "rank"]  # in the order they started
-    assert [row.phase for row in select(rows, phases=["update", "rank"])] == ["update", "rank"]
 
 
 def test_costs_add_seconds_and_counts_and_keep_peaks():
