@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -402,6 +402,31 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     return idle
 
 
+class _Unchecked(RunConfig):
+    """A configuration whose keys may be without effect."""
+
+    @model_validator(mode="after")
+    def _keys_have_effect(self) -> _Unchecked:
+        return self
+
+
+def without_idle(values: Mapping[str, Any], *, keep: Collection[str] = ()) -> dict[str, Any]:
+    """Nested values without the keys that the method they choose does not read.
+
+    Args:
+        values: sections of a configuration.
+        keep: dotted keys that stay, so that checking the result refuses them when they are idle.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
+    idle = set(idle_keys(_validate(values, _Unchecked))) - set(keep)
+    return {
+        section: {name: value for name, value in content.items() if f"{section}.{name}" not in idle}
+        for section, content in values.items()
+    }
+
+
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """All dotted keys, for example "train.beta"."""
     keys: list[str] = []
@@ -429,6 +454,19 @@ def load_config(
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest known one), bad value, or a key without effect.
     """
+    return _validate(merge_config(path, overrides, values))
+
+
+def merge_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The sections of a file, a mapping and dotted overrides, merged and not yet checked; see `load_config`.
+
+    Raises:
+        ConfigError: unreadable file, or an override that is none.
+    """
     merged: dict[str, Any] = _read_yaml(Path(path)) if path is not None else {}
     for section, content in (values or {}).items():
         if isinstance(content, Mapping):
@@ -447,7 +485,7 @@ def load_config(
         if not isinstance(merged.setdefault(section, {}), dict):
             raise ConfigError(f"override {override!r}: {section} is not a section")
         merged[section][name] = value
-    return _validate(merged)
+    return merged
 
 
 class _Loader(yaml.SafeLoader):
@@ -473,9 +511,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _validate(merged: dict[str, Any]) -> RunConfig:
+def _validate(merged: Mapping[str, Any], model: type[RunConfig] = RunConfig) -> RunConfig:
     try:
-        return RunConfig.model_validate(merged)
+        return model.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
 

@@ -1,0 +1,124 @@
+"""The configuration of a comparison: one base configuration, methods that change a few of its keys, and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from raylign.config import RunConfig, Section, idle_keys, load_config, merge_config, without_idle
+from raylign.errors import ConfigError
+
+_OWN_KEYS = ("run.", "data.", "features.", "reward.", "evaluate.", "tracking.")
+
+
+class CompareSection(Section):
+    """What is compared with what."""
+
+    methods: dict[str, dict[str, Any]] = Field(
+        description="name -> dotted keys of that method; everything else is shared", min_length=2
+    )
+    seeds: list[int] = Field([0, 1, 2], description="seeds of training, sampling and evaluation prompts", min_length=1)
+    baseline: str = Field("dpo", description="method whose cost the others' extra cost is counted from")
+    rerank: str = Field("rerank", description="method whose extra cost is the denominator of the overhead ratio")
+    num_points: int = Field(2, ge=1, description="checkpoints of every run that are evaluated, the last among them")
+    target: float = Field(0.2, gt=0, lt=1, description="violation rate on harmful prompts whose cost is looked up")
+    projections: list[str] = Field(["7B", "70B"], description="model sizes that FLOPs are projected to")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One training of one method with one seed.
+
+    Attributes:
+        method: name of the method.
+        seed: of the trial.
+        config: resolved; `run.name` is "<comparison>/<method>-seed<seed>" in its last part.
+    """
+
+    method: str
+    seed: int
+    config: RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A checked comparison.
+
+    Attributes:
+        base: configuration of the phases that all methods share.
+        compare: methods, seeds, target.
+        trials: methods in order, for every seed; seeds outermost.
+    """
+
+    base: RunConfig
+    compare: CompareSection
+    trials: tuple[Trial, ...]
+
+
+def load_comparison(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison from a YAML file with a `compare` section and any sections of a run.
+
+    Args:
+        path: YAML file.
+        overrides: "section.key=value" strings, "compare.seeds=[0,1]" among them.
+
+    Raises:
+        ConfigError: no `compare` section, an unknown method, a key that would make methods unequal, or anything that
+            `load_config` refuses.
+    """
+    merged = merge_config(path, overrides)
+    section = merged.pop("compare", None)
+    if not isinstance(section, Mapping):
+        raise ConfigError("a comparison needs a section compare with methods (see the shipped compare_tiny.yaml)")
+    try:
+        compare = CompareSection.model_validate(section)
+    except ValidationError as error:
+        found = "; ".join(f"compare.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(found) from None
+    for role in ("baseline", "rerank"):
+        if getattr(compare, role) not in compare.methods:
+            raise ConfigError(
+                f"compare.{role}={getattr(compare, role)!r} is none of compare.methods ({', '.join(compare.methods)})"
+            )
+    trials = tuple(
+        Trial(method=method, seed=seed, config=_trial_config(merged, method, keys, seed))
+        for seed in compare.seeds
+        for method, keys in compare.methods.items()
+    )
+    _check_shared(merged, trials)
+    return Comparison(base=load_config(values=without_idle(merged)), compare=compare, trials=trials)
+
+
+def _check_shared(merged: Mapping[str, Any], trials: Sequence[Trial]) -> None:
+    """Refuse a shared key that no method reads."""
+    for section, content in merged.items():
+        for name in content:
+            if all(f"{section}.{name}" in idle_keys(trial.config) for trial in trials):
+                raise ConfigError(f"{section}.{name} is set but none of compare.methods reads it; remove it")
+
+
+def _trial_config(merged: Mapping[str, Any], method: str, keys: Mapping[str, Any], seed: int) -> RunConfig:
+    values: dict[str, Any] = {name: dict(section) for name, section in merged.items()}
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        if not name:
+            raise ConfigError(
+                f"compare.methods.{method}: {key!r} must look like section.key, for example train.objective"
+            )
+        if key.startswith(_OWN_KEYS):
+            raise ConfigError(
+                f"compare.methods.{method} sets {key}, which all methods must share; set it once, outside of compare"
+            )
+        values.setdefault(section, {})[name] = value
+    run = values.setdefault("run", {})
+    run["storage"] = str(Path(run.get("storage", "runs")) / run.get("name", "default"))
+    run["name"] = f"{method}-seed{seed}"
+    run["seed"] = seed
+    try:
+        return load_config(values=without_idle(values, keep=keys))
+    except ConfigError as error:
+        raise ConfigError(f"compare.methods.{method}: {error}") from None
