@@ -84,7 +84,7 @@ def worker(rank: int, wrap: str, gradient_checkpointing: bool, directory: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize(("wrap", "gradient_checkpointing"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
 def test_two_workers_give_the_gradients_of_one(tmp_path: Path, wrap: str, gradient_checkpointing: bool) -> None:
-    mp.spawn(worker, args=(wrap, gradient_checkpointing, str(tmp_path)), nprocs=WORLD_SIZE)
+    mp.spawn(worker, args=(wrap, gradient_checkpointing, str(tmp_path)), nprocs=WORLD_SIZE, daemon=True)
     policy, pairs = make_policy(), make_pairs(6)
     loss, _ = run(policy, pairs)
     (loss / WORLD_SIZE).backward()  # DDP and FSDP average over workers
