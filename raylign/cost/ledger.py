@@ -38,13 +38,16 @@ _current: contextvars.ContextVar[str] = contextvars.ContextVar("raylign_ledger_e
 class Entry:
     """An open entry.
 
+    Args:
+        started: what `time.monotonic` said when it started.
+
     Attributes:
         id: names it for entries nested in it by other processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, started: float = 0.0) -> None:
         self.id = secrets.token_hex(8)
-        self._started = time.monotonic()
+        self._started = started
         self._counts = Counts()
         self._lock = threading.Lock()
 
@@ -119,7 +122,7 @@ class Ledger:
             status: see `LedgerRow`.
         """
         writer = self._open_writer()
-        entry = Entry()
+        entry = Entry(time.monotonic())
         parent = _current.get() or self._parent
         named = {self._kinds.get(kind, kind): count for kind, count in devices.items()}
         writer.start(entry, {**self._labels, "parent": parent, "phase": phase, "status": status}, named)
@@ -142,7 +145,7 @@ class Ledger:
             cost: from where the artefact was made.
             key: of the artefact; saying it again, for example after a resume, does not count twice.
         """
-        entry = Entry()
+        entry = Entry(time.monotonic())
         entry.id = f"{phase}-{key}"
         about = {**self._labels, "parent": "", "phase": phase, "status": "measured", "reused": asdict(cost)}
         writer = self._open_writer()

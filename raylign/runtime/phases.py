@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raylign.config import RunConfig, to_yaml
+from raylign.cost.ledger import Ledger, measured
 from raylign.errors import CacheMismatchError, OutputExistsError
 from raylign.runtime.progress import phase_line
 
@@ -60,11 +61,15 @@ class Run:
         directory: `<storage>/<name>`.
         seconds: wall seconds of each finished phase, in order, including those of earlier sessions.
         skipped: phases found done.
+        ledger: what phases cost is recorded here, None not at all.
+        devices: that each phase reserves, by its name and by kind.
     """
 
     directory: Path
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    ledger: Ledger | None = None
+    devices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def phase(
         self, name: str, key: Mapping[str, Any], work: Callable[[Path], dict[str, Any]]
@@ -95,7 +100,8 @@ class Run:
         phase_line(name, "started")
         start = time.monotonic()
         try:
-            facts = work(directory)
+            with measured(self.ledger, name, self.devices.get(name, {})):
+                facts = work(directory)
         finally:
             record["seconds"] = spent + time.monotonic() - start
             write_json(directory / MANIFEST, record)

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import torch
 
 from raylign.config import RunConfig, check_devices
+from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
+from raylign.runtime.costs import open_ledger, phase_devices
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
     DRIFT_FILE,
@@ -72,6 +75,11 @@ class _Phases:
     config: RunConfig
     run: Run
     model: str
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Of the run, for what the phase at work lets others do."""
+        return self.run.ledger and self.run.ledger.below()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -187,6 +195,7 @@ class _Phases:
                     storage_path=directory.parent,
                     name=directory.name,
                     heads=reward,
+                    ledger=self.ledger,
                 )
             return {"checkpoint": str(Path(result.checkpoint.path) / POLICY_DIR), "metrics": result.metrics}
 
@@ -217,6 +226,7 @@ class _Phases:
                     layers=self.layers,
                     storage_path=directory.parent,
                     name=directory.name,
+                    ledger=self.ledger,
                 )
             return {"checkpoint": str(Path(result.checkpoint.path) / POLICY_DIR), "metrics": result.metrics}
 
@@ -277,8 +287,11 @@ def align(config: RunConfig) -> AlignResult:
 
     check_devices(config)
     model = resolve_model(config.policy.model)
-    check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _node_resources())
+    plan, cluster = ResourcePlan.from_config(config), ray.cluster_resources()
+    check_plan(plan, cluster, _node_resources())
     run = open_run(config)
+    run.ledger = open_ledger(config, run.directory, cluster)
+    run.devices = phase_devices(plan, cluster, driver_cpus=torch.get_num_threads())
     phases = _Phases(config, run, model)
     ingest, ingest_facts = phases.ingest()
     features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])

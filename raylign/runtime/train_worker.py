@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
 
 from raylign.config import EMBEDDED, RunConfig, idle_keys
+from raylign.cost.ledger import Ledger
 from raylign.errors import RaylignError, TrainingError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from raylign.training.micro_batches import Packing
     from raylign.training.state import TrainerState
     from raylign.training.table import PairTable
+    from raylign.training.update_costs import UpdateCosts
     from raylign.training.world import World
 
 PAIRS = "pairs"  # the entry of a checkpoint's identity that only workers can tell
@@ -66,6 +68,8 @@ class WorkerTask:
         base: what an adapter calls that model, see `base_model_name`.
         reward: directory of the reward phase, None unless confidence.source=live.
         metrics: file that the first worker appends records to.
+        ledger: what updates cost is recorded here, None not at all.
+        devices: what is held while the workers train, by kind ("cpu", "gpu").
     """
 
     config: RunConfig
@@ -75,6 +79,8 @@ class WorkerTask:
     identity: dict[str, Any]
     reward: str | None
     metrics: str
+    ledger: Ledger | None = None
+    devices: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_worker(loop_config: Mapping[str, Any]) -> TrainingError | None:
@@ -162,7 +168,33 @@ def _train(task: WorkerTask) -> None:
         world=world,
         on_record=reporter.record,
         on_checkpoint=reporter.checkpoint,
+        costs=update_costs(task, state, packing, world),
     )
+
+
+def update_costs(task: WorkerTask, state: TrainerState, packing: Packing, world: World) -> UpdateCosts:
+    """Where this worker records what its updates cost; nowhere unless it is the first.
+
+    Args:
+        task: with the ledger.
+        state: with the policy.
+        packing: whose layout decides how often a prompt is computed.
+        world: this worker.
+    """
+    from raylign.cost.flops import Work, backward_factor
+    from raylign.cost.shapes import shape_of
+    from raylign.training.parallel import unwrap
+    from raylign.training.update_costs import UpdateCosts
+
+    if world.rank != 0 or task.ledger is None:
+        return UpdateCosts()
+    shape, policy = shape_of(unwrap(state.policy).model), task.config.policy
+    factor = backward_factor(is_adapter=policy.adapter == "lora", has_checkpointing=policy.gradient_checkpointing)
+
+    def flops(work: Work) -> int:
+        return (1 + factor) * shape.forward_work(work)
+
+    return UpdateCosts(task.ledger, devices=task.devices, flops=flops, is_shared=packing.layout == "shared")
 
 
 def build_state(

@@ -18,7 +18,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError  # has no public name in 2.60
 
 from raylign.config import RunConfig
+from raylign.cost.ledger import Ledger
 from raylign.errors import CheckpointError, ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
+from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.resources import ResourcePlan, check_demand
 from raylign.runtime.reward_job import FittedReward
@@ -44,6 +46,7 @@ def run_training(
     storage_path: str | Path,
     name: str,
     heads: FittedReward | str | Path | None = None,
+    ledger: Ledger | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> ray.train.Result:
     """Train the policy on ranked pairs; the newest checkpoint holds a plain HF or PEFT directory `policy/`.
@@ -60,6 +63,7 @@ def run_training(
         name: of this training below it.
         heads: fitted reward, saved as `reward/` beside the rest, or directory of the reward phase; read when
             confidence.source=live.
+        ledger: what it costs is recorded here; by default in `ledger/` of the training.
         callbacks: of Ray Train, run on its controller.
 
     Returns:
@@ -92,6 +96,8 @@ def run_training(
         identity=identity,
         reward=reward,
         metrics=str(directory / METRICS_FILE),
+        ledger=ledger or Ledger(directory / LEDGER_DIR, run=name, method=config.train.method),
+        devices=plan.training_devices,
     )
     return fit_workers(train_worker, task, directory, num_updates=_num_updates(config, pairs), callbacks=callbacks)
 

@@ -10,6 +10,7 @@ from raylign.training.offline import offline_update
 from raylign.training.order import DataOrder
 from raylign.training.state import TrainerState
 from raylign.training.table import PairTable
+from raylign.training.update_costs import UpdateCosts
 from raylign.training.world import World
 
 RecordCallback = Callable[[dict[str, float]], None]
@@ -27,6 +28,7 @@ def train_offline(
     world: World | None = None,
     on_record: RecordCallback = lambda record: None,
     on_checkpoint: CheckpointCallback = lambda state, record: None,
+    costs: UpdateCosts | None = None,
 ) -> dict[str, float]:
     """Run the updates that `state` has not finished yet.
 
@@ -41,6 +43,7 @@ def train_offline(
         on_record: gets the metrics of every `log_every` updates and of the last one.
         on_checkpoint: called after every `checkpoint_every` updates and after the last one, on every worker, with the
             record of its own update: means since the last record that `on_record` got.
+        costs: what the updates cost is recorded here, checkpoints and records left out.
 
     Returns:
         The record of the last update; empty when there was nothing left to do.
@@ -51,31 +54,37 @@ def train_offline(
     record: dict[str, float] = {}
     num_updates = order.num_updates
     state.window.restart_clock()
-    while state.update < num_updates:
-        summary = offline_update(
-            state.policy,
-            state.optimizer,
-            state.scheduler,
-            table.batch(order.batch(state.update)),
-            update=state.update,
-            settings=settings,
-            packing=packing,
-            seed=seed,
-            world=world,
-            live=state.live,
-        )
-        state.window.add(summary)
-        epoch = order.epoch_after(state.update)
-        state.update += 1
-        is_last = state.update == num_updates
-        is_logged = is_last or state.update % settings.log_every == 0
-        is_checkpoint = is_last or state.update % settings.checkpoint_every == 0
-        if is_logged or is_checkpoint:
-            record = state.window.record(step=state.update, epoch=epoch)
-        if is_logged:
-            on_record(record)
-            state.window.clear()
-        if is_checkpoint:
-            on_checkpoint(state, record)
-            state.window.restart_clock()
+    with costs or UpdateCosts() as costs:
+        while state.update < num_updates:
+            costs.begin()
+            batch = table.batch(order.batch(state.update))
+            summary = offline_update(
+                state.policy,
+                state.optimizer,
+                state.scheduler,
+                batch,
+                update=state.update,
+                settings=settings,
+                packing=packing,
+                seed=seed,
+                world=world,
+                live=state.live,
+                costs=costs,
+            )
+            costs.count(batch.tokens)
+            state.window.add(summary)
+            epoch = order.epoch_after(state.update)
+            state.update += 1
+            is_last = state.update == num_updates
+            is_logged = is_last or state.update % settings.log_every == 0
+            is_checkpoint = is_last or state.update % settings.checkpoint_every == 0
+            if is_logged or is_checkpoint:
+                costs.end()
+                record = state.window.record(step=state.update, epoch=epoch)
+            if is_logged:
+                on_record(record)
+                state.window.clear()
+            if is_checkpoint:
+                on_checkpoint(state, record)
+                state.window.restart_clock()
     return record

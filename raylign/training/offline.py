@@ -23,6 +23,7 @@ from raylign.training.micro_batches import Packing
 from raylign.training.optim import trainable
 from raylign.training.step import check_finite, clip_gradient, gradient_sync, seeded
 from raylign.training.table import PairBatch
+from raylign.training.update_costs import UpdateCosts
 from raylign.training.world import World
 from raylign.types import PairScores
 
@@ -69,6 +70,7 @@ def offline_update(
     seed: int,
     world: World | None = None,
     live: LiveConfidence | None = None,
+    costs: UpdateCosts | None = None,
 ) -> UpdateSummary:
     """Move the policy by one optimiser step on one batch.
 
@@ -83,6 +85,7 @@ def offline_update(
         seed: of the run.
         world: this worker; None for a single process.
         live: confidence from the policy's current states; None uses the batch's column.
+        costs: records what `live` computes beside the update.
 
     Returns:
         Summary over all workers.
@@ -90,10 +93,11 @@ def offline_update(
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are those before the update.
     """
-    world = world or World()
+    world, costs = world or World(), costs or UpdateCosts()
     with seeded(seed, update, world):
         if live is not None:
-            live.begin_update(policy, batch)
+            with costs.nested("feature_forward"):
+                live.begin_update(policy, batch)
         policy.train()
         optimizer.zero_grad(set_to_none=True)
         values = torch.zeros(len(COLUMNS) * batch.num_pairs + _EXTRA_SUMS, dtype=torch.float64, device=world.device)
@@ -120,7 +124,8 @@ def offline_update(
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     if live is not None:
-        live.end_update(policy, update)
+        with costs.nested("reward_head_update"):
+            live.end_update(policy, update)
     return UpdateSummary(
         columns=columns,
         num_tokens=int(values[-2]),
