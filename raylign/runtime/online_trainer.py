@@ -15,6 +15,7 @@ import ray.train
 from raylign.config import RunConfig
 from raylign.cost.ledger import Ledger
 from raylign.errors import ResourceError, SamplerError
+from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.online_worker import OnlineTask, online_worker, round_schedule
 from raylign.runtime.phases import write_json
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 PROMPTS_FILE = "prompts.parquet"
 ROUNDS_DIR = "rounds"
-LEDGER_DIR = "ledger"
 _PROMPTS = "prompts"  # the entry of a checkpoint's identity that only workers can tell
 
 

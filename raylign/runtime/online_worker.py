@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,18 @@ import ray
 import ray.train
 import ray.train.collective
 
-from raylign.cost.ledger import Ledger
+from raylign.cost.ledger import Entry, measured
 from raylign.errors import RaylignError, SamplerError, TrainingError
 from raylign.runtime.prompts import read_prompts
 from raylign.runtime.sampler import SamplerPool
-from raylign.runtime.train_worker import Reporter, WorkerTask, final_error, load_policy_forward, start_worker
+from raylign.runtime.train_worker import (
+    Reporter,
+    WorkerTask,
+    final_error,
+    load_policy_forward,
+    start_worker,
+    update_costs,
+)
 from raylign.runtime.weight_sync import Probe, SyncReport, WeightUpdate
 from raylign.types import Rollout, SampleRequest, ScoredRollout, TokenizedPair
 
@@ -44,15 +52,11 @@ class OnlineTask(WorkerTask):
         rounds: directory of the rounds.
         sampler: engines that the driver started.
         scorer: actor handle of a `ResponseScorer`.
-        ledger: of the run.
-        devices: what the run holds while it samples or trains, by kind.
     """
 
     rounds: str
     sampler: SamplerPool
     scorer: Any
-    ledger: Ledger
-    devices: Mapping[str, float]
 
 
 def online_worker(loop_config: Mapping[str, Any]) -> TrainingError | None:
@@ -97,6 +101,7 @@ def _train(task: OnlineTask) -> None:
         world=world,
         on_record=reporter.record,
         on_checkpoint=reporter.checkpoint,
+        costs=update_costs(task, state, packing, world),
     )
 
 
@@ -191,7 +196,6 @@ class RoundOpener:
         self._store = store
         self._packing = packing
         self._world = world
-        self._ledger = task.ledger
 
     def __call__(self, index: int, state: TrainerState) -> Round:
         """Round `index`; all workers call it together."""
@@ -254,17 +258,17 @@ class RoundOpener:
     def _sample(self, index: int, update: WeightUpdate | None) -> None:
         """Weights out, responses in, scored and stored; on the first worker only."""
         assert update is not None
-        with self._ledger.measure("weight_sync", devices=self._task.devices) as entry:
+        with self._measure("weight_sync") as entry:
             sync = self._task.sampler.sync(update)
             entry.add(synced_bytes=sync.num_bytes)
         requests = sample_requests(self._prompts, self._schedule.prompts(index), index, self._config)
         start = time.monotonic()
-        with self._ledger.measure("generate", devices=self._task.devices) as entry:
+        with self._measure("generate") as entry:
             rollouts = self._task.sampler.generate(requests)
             entry.add(**sampling_counts(rollouts))
         sampling_s = time.monotonic() - start
         start = time.monotonic()
-        with self._ledger.measure("score", devices=self._task.devices) as entry:
+        with self._measure("score") as entry:
             scored = self._score(rollouts)
             entry.add(forward_tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts))
         facts = round_facts(scored, sync) | {
@@ -272,6 +276,9 @@ class RoundOpener:
             "timing_s/score": time.monotonic() - start,
         }
         self._store.write(index, scored, facts)
+
+    def _measure(self, phase: str) -> AbstractContextManager[Entry]:
+        return measured(self._task.ledger, phase, self._task.devices)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         timeout = self._config.sampler.timeout_s
@@ -293,7 +300,12 @@ class RoundOpener:
         """What the trainer says of a round at its start, kept beside it."""
         from raylign.training.response_logps import round_logps
 
-        logps, values = round_logps(state.policy, round_, packing=self._packing, world=self._world)
+        work = nullcontext(Entry()) if self._world.rank else self._measure("policy_forward")
+        with work as entry:
+            logps, values = round_logps(state.policy, round_, packing=self._packing, world=self._world)
+            entry.add(
+                forward_tokens=sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in round_.scored)
+            )
         self._agree(lambda: self._store.write_policy(round_.index, logps, values))
         return round_.with_policy(logps, values)
 

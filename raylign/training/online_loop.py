@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,11 +11,13 @@ from raylign.training.gradient import RoundTargets, gradient_update, round_targe
 from raylign.training.gradient_metrics import GradientWindow
 from raylign.training.loop import CheckpointCallback, RecordCallback
 from raylign.training.micro_batches import Packing
-from raylign.training.offline import UpdateSummary, offline_update
-from raylign.training.online_pairs import choose_pairs, preference_batch
+from raylign.training.offline import offline_update
+from raylign.training.online_pairs import choose_pairs, couple_responses, preference_batch
 from raylign.training.rounds import Round, RoundSchedule
 from raylign.training.state import TrainerState
+from raylign.training.update_costs import UpdateCosts
 from raylign.training.world import World
+from raylign.types import TokenizedPair
 
 OpenRound = Callable[[int, TrainerState], Round]
 
@@ -30,6 +32,7 @@ def train_online(
     world: World | None = None,
     on_record: RecordCallback = lambda record: None,
     on_checkpoint: CheckpointCallback = lambda state, record: None,
+    costs: UpdateCosts | None = None,
 ) -> dict[str, float]:
     """Run the updates that `state` has not finished yet.
 
@@ -44,6 +47,7 @@ def train_online(
         on_record: gets the metrics of every `train.log_every` updates and of the last one of every round, the latter
             with the facts of the round.
         on_checkpoint: called after the last update of every round and every `train.checkpoint_every` updates.
+        costs: what the updates cost is recorded here; what opening a round costs is up to `open_round`.
 
     Returns:
         The record of the last update; empty when there was nothing left to do.
@@ -54,25 +58,28 @@ def train_online(
     settings = config.train
     record: dict[str, float] = {}
     current: _OpenRound | None = None
-    while state.update < schedule.num_updates:
-        index = state.update // schedule.updates_per_round
-        if current is None or current.round_.index != index:
-            current = _OpenRound(open_round(index, state), config)
-            state.window.restart_clock()
-        current.update(state, schedule.batch(state.update), packing=packing, world=world)
-        state.update += 1
-        is_end = state.update % schedule.updates_per_round == 0
-        is_logged = is_end or state.update % settings.log_every == 0
-        is_checkpoint = is_end or state.update % settings.checkpoint_every == 0
-        if is_logged or is_checkpoint:
-            record = state.window.record(step=state.update, epoch=state.update / schedule.updates_per_round)
-            record |= {"round": index + 1, **(current.facts if is_end else {})}
-        if is_logged:
-            on_record(record)
-            state.window.clear()
-        if is_checkpoint:
-            on_checkpoint(state, record)
-            state.window.restart_clock()
+    with costs or UpdateCosts() as costs:
+        while state.update < schedule.num_updates:
+            index = state.update // schedule.updates_per_round
+            if current is None or current.round_.index != index:
+                current = _OpenRound(open_round(index, state), config)
+                state.window.restart_clock()
+            costs.begin()
+            costs.count(current.update(state, schedule.batch(state.update), packing=packing, world=world))
+            state.update += 1
+            is_end = state.update % schedule.updates_per_round == 0
+            is_logged = is_end or state.update % settings.log_every == 0
+            is_checkpoint = is_end or state.update % settings.checkpoint_every == 0
+            if is_logged or is_checkpoint:
+                costs.end()
+                record = state.window.record(step=state.update, epoch=state.update / schedule.updates_per_round)
+                record |= {"round": index + 1, **(current.facts if is_end else {})}
+            if is_logged:
+                on_record(record)
+                state.window.clear()
+            if is_checkpoint:
+                on_checkpoint(state, record)
+                state.window.restart_clock()
     return record
 
 
@@ -100,37 +107,43 @@ class _OpenRound:
             facts["online/tied_pairs"] = int((margins == 0).sum())
         return facts
 
-    def update(self, state: TrainerState, prompts: np.ndarray, *, packing: Packing, world: World | None) -> None:
+    def update(
+        self, state: TrainerState, prompts: np.ndarray, *, packing: Packing, world: World | None
+    ) -> Sequence[TokenizedPair]:
+        """One update; returns the pairs or couples that went forward and backward."""
         config = self._config
-        if self._targets is not None:
-            assert isinstance(state.window, GradientWindow)
+        if self._targets is None:
+            batch = preference_batch(self.round_, self._pairs, prompts, reference=config.online.reference)
+            assert not isinstance(state.window, GradientWindow)
             state.window.add(
-                gradient_update(
+                offline_update(
                     state.policy,
                     state.optimizer,
                     state.scheduler,
-                    self.round_,
-                    self._targets,
-                    prompts,
+                    batch,
                     update=state.update,
                     settings=config.train,
-                    gradient=config.policy_gradient,
                     packing=packing,
                     seed=config.run.seed,
                     world=world,
                 )
             )
-            return
-        summary: UpdateSummary = offline_update(
-            state.policy,
-            state.optimizer,
-            state.scheduler,
-            preference_batch(self.round_, self._pairs, prompts, reference=config.online.reference),
-            update=state.update,
-            settings=config.train,
-            packing=packing,
-            seed=config.run.seed,
-            world=world,
+            return batch.tokens
+        assert isinstance(state.window, GradientWindow)
+        state.window.add(
+            gradient_update(
+                state.policy,
+                state.optimizer,
+                state.scheduler,
+                self.round_,
+                self._targets,
+                prompts,
+                update=state.update,
+                settings=config.train,
+                gradient=config.policy_gradient,
+                packing=packing,
+                seed=config.run.seed,
+                world=world,
+            )
         )
-        assert not isinstance(state.window, GradientWindow)
-        state.window.add(summary)
+        return couple_responses(self.round_, prompts).tokens
