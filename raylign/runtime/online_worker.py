@@ -19,7 +19,9 @@ import ray
 import ray.train
 import ray.train.collective
 
+from raylign.cost.flops import sequence_work
 from raylign.cost.ledger import Entry, measured
+from raylign.cost.shapes import forward_flops
 from raylign.errors import RaylignError, SamplerError, TrainingError
 from raylign.runtime.prompts import read_prompts
 from raylign.runtime.sampler import SamplerPool
@@ -199,10 +201,12 @@ class RoundOpener:
 
     def __call__(self, index: int, state: TrainerState) -> Round:
         """Round `index`; all workers call it together."""
+        from raylign.training.parallel import unwrap
+
         is_new = self._agree(lambda: not self._store.has(index))
         if is_new:
             update = self._weight_update(state, version=index + 1)
-            self._agree(lambda: self._sample(index, update))
+            self._agree(lambda: self._sample(index, update, response_flops(unwrap(state.policy).model)))
         round_ = self._store.read(index)
         if self._reads_policy and round_.policy_logps is None:
             round_ = self._add_policy(round_, state)
@@ -255,7 +259,7 @@ class RoundOpener:
         longest = max(range(len(self._prompts)), key=lambda row: len(self._prompts[row]))
         return self._prompts[longest][:_PROBE_TOKENS]
 
-    def _sample(self, index: int, update: WeightUpdate | None) -> None:
+    def _sample(self, index: int, update: WeightUpdate | None, flops: Callable[[Rollout], int]) -> None:
         """Weights out, responses in, scored and stored; on the first worker only."""
         assert update is not None
         with self._measure("weight_sync") as entry:
@@ -265,12 +269,12 @@ class RoundOpener:
         start = time.monotonic()
         with self._measure("generate") as entry:
             rollouts = self._task.sampler.generate(requests)
-            entry.add(**sampling_counts(rollouts))
+            entry.add(**sampling_counts(rollouts), flops=sum(map(flops, rollouts)))
         sampling_s = time.monotonic() - start
         start = time.monotonic()
         with self._measure("score") as entry:
             scored = self._score(rollouts)
-            entry.add(forward_tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts))
+            entry.add(num_items=len(rollouts), forward_tokens=num_tokens(rollouts), flops=sum(map(flops, rollouts)))
         facts = round_facts(scored, sync) | {
             "timing_s/generate": sampling_s,
             "timing_s/score": time.monotonic() - start,
@@ -342,6 +346,22 @@ def sampling_counts(rollouts: Sequence[Rollout]) -> dict[str, int]:
         "decode_steps": max(len(rollout.response_ids) for rollout in rollouts),
         "num_items": len(rollouts),
     }
+
+
+def num_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Prompt and response tokens, each response with a prompt of its own."""
+    return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+
+
+def response_flops(model: Any) -> Callable[[Rollout], int]:
+    """Model FLOPs of sampling or scoring one response: its prompt, and logits for its own tokens only.
+
+    Prompts that an engine's cache or a shared layout computes once for several responses are counted with each.
+    """
+    forward = forward_flops(model)
+    return lambda rollout: forward(
+        sequence_work(len(rollout.prompt_ids) + len(rollout.response_ids), scored_tokens=len(rollout.response_ids))
+    )
 
 
 def round_facts(scored: Sequence[ScoredRollout], sync: SyncReport) -> dict[str, float]:

@@ -19,7 +19,7 @@ from raylign.config import RunConfig, check_devices
 from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
-from raylign.runtime.costs import open_ledger, phase_devices
+from raylign.runtime.costs import open_ledger, phase_devices, record_reuse
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
     DRIFT_FILE,
@@ -30,7 +30,7 @@ from raylign.runtime.evaluate_job import (
     save_drift,
 )
 from raylign.runtime.evaluators import ActorOptions
-from raylign.runtime.features_job import features_key, read_features, run_features
+from raylign.runtime.features_job import features_key, read_cost, read_features, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint, source_state
 from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
@@ -69,7 +69,7 @@ class AlignResult:
 
 
 @dataclass(frozen=True)
-class _Phases:
+class Phases:
     """One method per phase; each returns what the next ones need and is skipped when its manifest is there."""
 
     config: RunConfig
@@ -134,8 +134,11 @@ class _Phases:
                 output_dir=cache,
                 data_fingerprint=fingerprint,
                 parallel=config.train.parallel,
+                ledger=self.ledger,
                 show_progress=sys.stderr.isatty(),
             )
+            if self.run.ledger is not None and is_reused:
+                record_reuse(self.run.ledger, "features", read_cost(cache), key=digest(key))
             return {"cache": str(cache), "is_reused": is_reused}
 
         self.run.phase("features", key, work)
@@ -292,7 +295,7 @@ def align(config: RunConfig) -> AlignResult:
     run = open_run(config)
     run.ledger = open_ledger(config, run.directory, cluster)
     run.devices = phase_devices(plan, cluster, driver_cpus=torch.get_num_threads())
-    phases = _Phases(config, run, model)
+    phases = Phases(config, run, model)
     ingest, ingest_facts = phases.ingest()
     features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = phases.reward(features, features_digest)

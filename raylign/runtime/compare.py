@@ -1,0 +1,274 @@
+"""`raylign compare`: methods and seeds on shared data, reward and evaluation, priced by one kind of ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from raylign.compare_config import Comparison, Trial
+from raylign.config import RunConfig, check_devices
+from raylign.cost.rows import Cost, LedgerRow, read_ledger, total, total_reused, totals
+from raylign.errors import OutputExistsError
+from raylign.evaluation.safety import SafetyComparison, compare_summaries
+from raylign.models.loading import model_fingerprint, resolve_model
+from raylign.runtime.costs import LEDGER_DIR, open_ledger, phase_devices
+from raylign.runtime.evaluate_job import (
+    COMPLETIONS_FILE,
+    evaluate_models,
+    evaluation_inputs,
+    load_completions,
+    save_completions,
+)
+from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.pipeline import POLICY_DIR, Phases, actor_options
+from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.reward_job import make_reward_scorer
+from raylign.types import Completion
+
+SHARED = "shared"
+BEFORE = "before"
+_CHECKPOINT_STATE = "trainer_state/state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method at one of its checkpoints, over all seeds.
+
+    Attributes:
+        step: updates done.
+        comparison: with the policy before training, prompts of all seeds pooled.
+        device_s: reserved device-seconds until then, by seed and kind, shared phases included.
+    """
+
+    step: int
+    comparison: SafetyComparison
+    device_s: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodCosts:
+    """A method: what it reached and what it took.
+
+    Attributes:
+        name: as configured.
+        points: by step.
+        totals: of one run with everything that it needs, by seed.
+        phases: cost of every ledger phase, by seed.
+        fingerprint: of what makes costs comparable.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    totals: tuple[Cost, ...]
+    phases: tuple[Mapping[str, Cost], ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResult:
+    """All methods on one page.
+
+    Attributes:
+        directory: of the comparison.
+        methods: in the order of the configuration.
+        seeds: that were run.
+        before: judged answers of the policy before training, prompts of all seeds pooled.
+    """
+
+    directory: Path
+    methods: tuple[MethodCosts, ...]
+    seeds: tuple[int, ...]
+    before: tuple[Completion, ...]
+
+
+def compare(comparison: Comparison) -> ComparisonResult:
+    """Run what has not been run yet, and collect the results; Ray must be initialised.
+
+    Everything is written below `<run.storage>/<run.name>`: `shared/` with the phases that all methods read, and one run
+    directory per method and seed. A killed comparison goes on with run.resume=true.
+
+    Raises:
+        RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
+    """
+    base = comparison.base
+    directory = Path(base.run.storage).expanduser().absolute() / base.run.name
+    if directory.exists() and any(directory.iterdir()) and not base.run.resume:
+        raise OutputExistsError(f"{directory} is in use; continue it with run.resume=true or choose another run.name")
+    model = resolve_model(base.policy.model)
+    for config in (base, *(trial.config for trial in comparison.trials)):
+        check_devices(config)
+        check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _nodes())
+    shared_config = _renamed(base, storage=directory, name=SHARED)
+    shared = Phases(shared_config, _open(shared_config), model)
+    ingest, ingest_facts = shared.ingest()
+    features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
+    reward, reward_facts = shared.reward(features, features_digest)
+    reward_key = digest([features_digest, reward_facts])
+    trained: dict[Trial, Run] = {}
+    for trial in comparison.trials:
+        phases = Phases(trial.config, _open(trial.config), model)
+        if trial.config.train.method != "offline":
+            phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
+        elif trial.config.train.objective == "label_confidence":
+            ranked, rank_facts = phases.rank(features, reward, reward_key)
+            phases.train(ranked, digest([reward_key, rank_facts]), reward)
+        else:
+            phases.train(features, features_digest, reward)
+        trained[trial] = phases.run
+    options = actor_options(base)
+    make_reward_fn = functools.partial(make_reward_scorer, model, str(reward), shared.layers, options)
+    answers = {
+        seed: _evaluate(shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, make_reward_fn)
+        for seed in comparison.compare.seeds
+    }
+    return _collect(comparison, directory, trained, answers)
+
+
+def _renamed(config: RunConfig, *, storage: Path, name: str) -> RunConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"storage": str(storage), "name": name})})
+
+
+def _open(config: RunConfig) -> Run:
+    """The directory of one run of the comparison, with its ledger."""
+    cluster = ray.cluster_resources()
+    run = open_run(config)
+    run.ledger = open_ledger(config, run.directory, cluster)
+    run.devices = phase_devices(ResourcePlan.from_config(config), cluster, driver_cpus=torch.get_num_threads())
+    return run
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def checkpoints(training: Path) -> dict[int, Path]:
+    """Policies of a training by update, first to last."""
+    found = {
+        int(file.parents[1].name.rpartition("_")[2]): file.parents[1]
+        for file in training.glob(f"step_*/{_CHECKPOINT_STATE}")
+    }
+    return {step: found[step] for step in sorted(found)}
+
+
+def evenly_spaced(steps: Sequence[int], num: int) -> list[int]:
+    """`num` of the steps (all, when there are fewer), the last among them."""
+    num = min(num, len(steps))
+    return [steps[-(-(position + 1) * len(steps) // num) - 1] for position in range(num)]
+
+
+def _evaluate(
+    shared: Phases,
+    comparison: Comparison,
+    seed: int,
+    trained: Mapping[Trial, Run],
+    make_reward_fn: Any,
+) -> dict[str, tuple[Completion, ...]]:
+    """Judged answers of one seed, by "before" and "<method>@<step>": one pool of actors, one set of prompts."""
+    models: dict[str, str | Path] = {BEFORE: shared.model}
+    for trial, run in trained.items():
+        found = checkpoints(run.directory / "train")
+        for step in evenly_spaced(list(found), comparison.compare.num_points):
+            models[point_name(trial.method, step)] = found[step] / POLICY_DIR
+    config = comparison.base.evaluate
+    key = {
+        "models": {name: model_fingerprint(model) for name, model in models.items()},
+        "evaluate": config.model_dump(exclude={"num_actors", "batch_size"}),
+        **evaluation_inputs(config),
+        "seed": seed,
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        evaluations = evaluate_models(
+            models, config=config, seed=seed, options=actor_options(comparison.base), make_reward_fn=make_reward_fn
+        )
+        save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
+        return {"judge": dataclasses.asdict(next(iter(evaluations.values())).judge)}
+
+    directory, _ = shared.run.phase(f"evaluate-seed{seed}", key, work)
+    return load_completions(directory / COMPLETIONS_FILE)
+
+
+def point_name(method: str, step: int) -> str:
+    """Name of a checkpoint in an evaluation."""
+    return f"{method}@{step}"
+
+
+def _collect(
+    comparison: Comparison,
+    directory: Path,
+    trained: Mapping[Trial, Run],
+    answers: Mapping[int, Mapping[str, tuple[Completion, ...]]],
+) -> ComparisonResult:
+    seeds = tuple(comparison.compare.seeds)
+    shared = read_ledger(directory / SHARED / LEDGER_DIR)
+    before = tuple(answer for seed in seeds for answer in answers[seed][BEFORE])
+    methods = []
+    for name in comparison.compare.methods:
+        trials = [next(t for t in trained if (t.method, t.seed) == (name, seed)) for seed in seeds]
+        ledgers = [read_ledger(trained[trial].directory / LEDGER_DIR) for trial in trials]
+        needed = [row for row in shared if row.stage in shared_phases(trials[0].config)]
+        runs = [[*needed, *rows] for rows in ledgers]
+        steps = sorted({int(key.partition("@")[2]) for key in answers[seeds[0]] if key.startswith(f"{name}@")})
+        points = tuple(
+            Point(
+                step=step,
+                comparison=compare_summaries(
+                    before,
+                    tuple(answer for seed in seeds for answer in answers[seed][point_name(name, step)]),
+                    num_samples=comparison.base.evaluate.bootstrap_samples,
+                    seed=comparison.base.run.seed,
+                ),
+                device_s=tuple(
+                    device_seconds_until(rows, _written_at(trained[trial].directory / "train", step))
+                    for trial, rows in zip(trials, runs, strict=True)
+                ),
+            )
+            for step in steps
+        )
+        methods.append(
+            MethodCosts(
+                name=name,
+                points=points,
+                totals=tuple(total(rows) + total_reused(rows) for rows in runs),
+                phases=tuple(totals(rows, by="phase") for rows in runs),
+                fingerprint=runs[0][-1].fingerprint,
+            )
+        )
+    return ComparisonResult(directory=directory, methods=tuple(methods), seeds=seeds, before=before)
+
+
+def shared_phases(config: RunConfig) -> frozenset[str]:
+    """Shared phases that a method could not do without, and is charged with.
+
+    Plain preference losses need the reference log-probabilities of the features phase; whatever reads the reward needs
+    the reward phase as well.
+    """
+    train = config.train
+    reads_reward = train.method != "offline" or train.objective == "label_confidence"
+    return frozenset({"ingest", "features", *(["reward"] if reads_reward else [])})
+
+
+def device_seconds_until(rows: Sequence[LedgerRow], moment: float) -> dict[str, float]:
+    """Reserved device-seconds by kind up to a moment (seconds since 1970), from the outermost entries of a ledger."""
+    spent: dict[str, float] = {}
+    for row in rows:
+        if row.parent:
+            continue
+        wall_s = min(row.wall_s, max(0.0, moment - row.started_at))
+        for kind, count in row.devices.items():
+            spent[kind] = spent.get(kind, 0.0) + count * wall_s
+        if row.reused is not None:
+            for kind, seconds in row.reused.device_s.items():
+                spent[kind] = spent.get(kind, 0.0) + seconds
+    return spent
+
+
+def _written_at(training: Path, step: int) -> float:
+    return (checkpoints(training)[step] / _CHECKPOINT_STATE).stat().st_mtime
