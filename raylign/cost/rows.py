@@ -29,13 +29,14 @@ class Counts:
     """What was done, in counts.
 
     Attributes:
-        num_items: things the phase is about: pairs, responses, updates.
-        prompt_tokens: real prompt tokens that were encoded.
+        num_items: things the phase is about: pairs or responses.
+        prompt_tokens: real tokens of the prompts that responses were sampled to, once per response.
         generated_tokens: sampled tokens, up to and including the end-of-response token.
         decode_steps: sequential cached forward calls, per batch the longest response, summed over batches.
         forward_tokens: real tokens that went through a forward, those of generation apart.
         backward_tokens: real tokens that went through a backward.
-        flops: model FLOPs by the formulas of `raylign.cost.flops`; computed, never measured.
+        flops: model FLOPs by the formulas of `raylign.cost.flops`, computed and never measured; 0 where none were
+            counted.
         synced_bytes: bytes of weights sent to samplers.
     """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from raylign.config import RunConfig
 from raylign.cost.ledger import Ledger
+from raylign.cost.rows import Cost, read_ledger
 from raylign.runtime.phases import digest
 from raylign.runtime.resources import Demand, ResourcePlan, Resources
 
@@ -30,6 +31,19 @@ def open_ledger(config: RunConfig, directory: Path, cluster: Resources) -> Ledge
         fingerprint=cost_fingerprint(config, kind),
         kinds={"gpu": kind},
     )
+
+
+def record_reuse(ledger: Ledger, phase: str, made: tuple[str, Cost] | None, *, key: str) -> None:
+    """Say in a run's ledger what an artefact that it found ready had cost, unless the run made it itself.
+
+    Args:
+        ledger: of the run.
+        phase: that makes the artefact.
+        made: ledger entry that made it, and what it cost; None when nobody knows.
+        key: of the artefact.
+    """
+    if made is not None and made[0] not in {row.id for row in read_ledger(ledger.directory)}:
+        ledger.reuse(phase, made[1], key=key)
 
 
 def gpu_kind(cluster: Resources) -> str:
@@ -70,10 +84,9 @@ def phase_devices(plan: ResourcePlan, cluster: Resources, *, driver_cpus: int) -
         driver_cpus: threads that the driver computes with, which Ray does not know of.
     """
     tasks = {"cpu": cluster.get("CPU", 0.0)}
-    features = _held(plan.features)
     return {
         "ingest": tasks,
-        "features": {**features, "cpu": features.get("cpu", 0.0) + plan.features.spare_cpus},
+        "features": _held(plan.features) | {"cpu": plan.features.total("CPU") + plan.features.spare_cpus},
         "reward": {"cpu": float(driver_cpus)},
         "rank": tasks,
         "train": plan.training_devices,

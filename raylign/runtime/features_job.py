@@ -7,6 +7,7 @@ spells out everything it depends on; the directory appears by one rename, so it 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -21,6 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylign.config import FeaturesSection, PolicySection
+from raylign.cost.flops import Work, pair_work
+from raylign.cost.ledger import Ledger, measured
+from raylign.cost.rows import Cost, read_ledger, total_below
 from raylign.data.states import states_from_column, states_to_column
 from raylign.errors import CacheMismatchError, DataError, ModelError
 from raylign.runtime.execution import execution
@@ -42,6 +46,7 @@ __all__ = [
 
 SCHEMA_VERSION = 2  # raise when the same inputs would give other features
 MANIFEST = "manifest.json"
+COST_FILE = "cost.json"
 _ROWS = "rows"
 _ROWS_PER_CALL = 128  # enough to sort by length, little enough to stream 7 B-sized states
 
@@ -54,13 +59,20 @@ class FeatureExtractor:
         config: layers, storage type and token budget.
         policy: number types, adapter and whether remote code may run.
         parallel: `train.parallel`, which has a say in the number types.
+        ledger: what the forwards cost is recorded here, None not at all.
     """
 
     def __init__(
-        self, model_path: str, config: FeaturesSection, policy: PolicySection, parallel: Parallel = "ddp"
+        self,
+        model_path: str,
+        config: FeaturesSection,
+        policy: PolicySection,
+        parallel: Parallel = "ddp",
+        ledger: Ledger | None = None,
     ) -> None:
         import torch
 
+        from raylign.cost.shapes import forward_flops
         from raylign.models.forward import resolve_layers, verify_logprobs
         from raylign.models.loading import load_tokenizer, resolve_layout
         from raylign.models.numerics import actor_device, load_reference
@@ -78,6 +90,8 @@ class FeatureExtractor:
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.config = config
         self.device = device
+        self.ledger = ledger
+        self.flops = forward_flops(self.forward.model)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with four more columns, rows in their order.
@@ -86,13 +100,28 @@ class FeatureExtractor:
             ModelError: a pair exceeds the model's context, or a log-probability or state is not finite (or too large
                 for float16).
         """
-        import torch
-
-        from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
         from raylign.models.loading import check_context
 
         pairs = pairs_from_table(table)
         check_context(self.forward.causal_lm.config, max(map(longest_sequence, pairs), default=0))
+        with measured(self.ledger, "reference_forward", _actor_devices(self.config)) as entry:
+            logps, states = self._forward(pairs)
+            is_shared = self.layout == "shared"
+            lengths = ((len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+            work = sum((pair_work(*pair, is_shared=is_shared) for pair in lengths), Work())
+            entry.add(num_items=len(pairs), forward_tokens=work.tokens, flops=self.flops(work))
+        self._check_finite(logps, states)
+        added = [states_to_column(states[0]), states_to_column(states[1]), pa.array(logps[0]), pa.array(logps[1])]
+        for name, column in zip(FEATURE_COLUMNS, added, strict=True):
+            table = table.append_column(name, column)
+        return table
+
+    def _forward(self, pairs: Sequence[TokenizedPair]) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Log-probabilities (2, N) and the states (N, L, D) of both answers, chosen first."""
+        import torch
+
+        from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
+
         logps = np.empty((2, len(pairs)), np.float32)
         shape = (len(pairs), len(self.layers), self.width)
         states = np.empty(shape, self.config.dtype), np.empty(shape, self.config.dtype)
@@ -112,11 +141,7 @@ class FeatureExtractor:
                 ):
                     states[half][index] = kept.cpu().numpy()
                     logps[half, index] = values.cpu().numpy()
-        self._check_finite(logps, states)
-        added = [states_to_column(states[0]), states_to_column(states[1]), pa.array(logps[0]), pa.array(logps[1])]
-        for name, column in zip(FEATURE_COLUMNS, added, strict=True):
-            table = table.append_column(name, column)
-        return table
+        return logps, states
 
     def _check_finite(self, logps: np.ndarray, states: Sequence[np.ndarray]) -> None:
         if not np.isfinite(logps).all():
@@ -204,6 +229,7 @@ def run_features(
     output_dir: str | Path,
     data_fingerprint: str,
     parallel: Parallel = "ddp",
+    ledger: Ledger | None = None,
     show_progress: bool = False,
 ) -> ray.data.Dataset:
     """Add `FEATURE_COLUMNS` to every pair, or read them from the cache directory when it was made from the same inputs.
@@ -219,6 +245,7 @@ def run_features(
         output_dir: cache directory of this key, on storage that every node sees.
         data_fingerprint: fingerprint of the pairs.
         parallel: `train.parallel`, which has a say in the number types.
+        ledger: what it costs is recorded here; by default in `ledger/` of the cache directory.
         show_progress: Ray Data's progress bars.
 
     Returns:
@@ -229,6 +256,8 @@ def run_features(
         DataError: rows were lost on the way.
         ModelError: the model cannot be used.
     """
+    from raylign.runtime.phases import write_json
+
     directory = Path(output_dir).expanduser().absolute()
     key = features_key(
         config=config, policy=policy, model_path=model_path, data_fingerprint=data_fingerprint, parallel=parallel
@@ -239,7 +268,12 @@ def run_features(
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
-        _extract(pairs, partial, key, config, (str(model_path), config, policy, parallel), show_progress)
+        ledger = ledger or Ledger(partial / "ledger")
+        with ledger.measure("extract", devices=held_devices(config)) as entry:
+            extractor_args = (str(model_path), config, policy, parallel, ledger.below(entry))
+            _extract(pairs, partial, key, config, extractor_args, show_progress)
+        cost = total_below(read_ledger(ledger.directory), entry.id)
+        write_json(partial / COST_FILE, {"ledger_entry": entry.id, "cost": dataclasses.asdict(cost)})
         _publish(partial, directory, key)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already unless the job failed or came second
@@ -282,6 +316,29 @@ def _extract(
         raise DataError(f"feature extraction was given {num_pairs} pairs and wrote {num_written}")
     facts = {"num_pairs": num_pairs, "seconds": time.monotonic() - start, "versions": versions()}
     write_json(partial / MANIFEST, {"key": key, **facts})
+
+
+def held_devices(config: FeaturesSection) -> dict[str, float]:
+    """Devices that extraction reserves, by kind: the actors', and the CPU that reads and writes for them."""
+    each = _actor_devices(config)
+    return {kind: config.num_actors * amount + (kind == "cpu") for kind, amount in each.items()}
+
+
+def _actor_devices(config: FeaturesSection) -> dict[str, float]:
+    held = {"cpu": config.cpus_per_actor, "gpu": config.gpus_per_actor}
+    return {kind: amount for kind, amount in held.items() if amount}
+
+
+def read_cost(directory: str | Path) -> tuple[str, Cost] | None:
+    """What the features of a finished cache directory cost when they were made, and the ledger entry that says so.
+
+    None for a cache whose maker kept no ledger.
+    """
+    try:
+        content = json.loads((Path(directory) / COST_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return content["ledger_entry"], Cost.from_plain(content["cost"])
 
 
 def _publish(partial: Path, directory: Path, key: Mapping[str, Any]) -> None:

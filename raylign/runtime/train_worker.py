@@ -182,17 +182,17 @@ def update_costs(task: WorkerTask, state: TrainerState, packing: Packing, world:
         world: this worker.
     """
     from raylign.cost.flops import Work, backward_factor
-    from raylign.cost.shapes import shape_of
+    from raylign.cost.shapes import forward_flops
     from raylign.training.parallel import unwrap
     from raylign.training.update_costs import UpdateCosts
 
     if world.rank != 0 or task.ledger is None:
         return UpdateCosts()
-    shape, policy = shape_of(unwrap(state.policy).model), task.config.policy
+    forward, policy = forward_flops(unwrap(state.policy).model), task.config.policy
     factor = backward_factor(is_adapter=policy.adapter == "lora", has_checkpointing=policy.gradient_checkpointing)
 
     def flops(work: Work) -> int:
-        return (1 + factor) * shape.forward_work(work)
+        return (1 + factor) * forward(work)
 
     return UpdateCosts(task.ledger, devices=task.devices, flops=flops, is_shared=packing.layout == "shared")
 

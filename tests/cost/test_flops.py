@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raylign.cost.flops import ModelShape, Work, backward_factor, head_flops, pair_work, sequence_work
-from raylign.cost.shapes import shape_of
+from raylign.cost.shapes import forward_flops, shape_of
 from raylign.data.packing import pack_pairs
 from raylign.errors import ModelError
 from raylign.models.forward import PolicyForward
@@ -183,6 +183,17 @@ def test_experts_count_as_often_as_a_token_visits_them():
 def test_head_width_follows_from_the_hidden_size_when_it_is_not_given():
     config = tiny(head_dim=8).config.to_dict()
     assert ModelShape.from_config({**config, "head_dim": None}) == ModelShape.from_config(config)
+
+
+def test_forward_flops_are_those_of_the_shape():
+    assert forward_flops(tiny())(sequence_work(10)) == shape_of(tiny()).forward(10)
+
+
+def test_a_model_that_cannot_be_counted_says_so_once(caplog):
+    model = tiny()
+    model.experts = torch.nn.Parameter(torch.zeros(4, 2, 3))
+    assert forward_flops(model)(sequence_work(10)) == 0
+    assert "no num_experts_per_tok" in caplog.text
 
 
 @pytest.mark.parametrize(
