@@ -29,7 +29,7 @@ class CompareSection(Section):
     projections: list[str] = Field(["7B", "70B"], description="model sizes that FLOPs are projected to")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trial:
     """One training of one method with one seed.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 
 from raylign.compare_config import Comparison, Trial
 from raylign.config import RunConfig, check_devices
-from raylign.cost.rows import Cost, LedgerRow, read_ledger, total, total_reused, totals
+from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
 from raylign.errors import OutputExistsError
-from raylign.evaluation.safety import SafetyComparison, compare_summaries
+from raylign.evaluation.safety import compare_summaries, summarise
+from raylign.report.compare_data import ComparisonResult, MethodResult, Point
 from raylign.models.loading import model_fingerprint, resolve_model
 from raylign.runtime.costs import LEDGER_DIR, open_ledger, phase_devices
 from raylign.runtime.evaluate_job import (
@@ -35,57 +35,6 @@ from raylign.types import Completion
 SHARED = "shared"
 BEFORE = "before"
 _CHECKPOINT_STATE = "trainer_state/state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A method at one of its checkpoints, over all seeds.
-
-    Attributes:
-        step: updates done.
-        comparison: with the policy before training, prompts of all seeds pooled.
-        device_s: reserved device-seconds until then, by seed and kind, shared phases included.
-    """
-
-    step: int
-    comparison: SafetyComparison
-    device_s: tuple[Mapping[str, float], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodCosts:
-    """A method: what it reached and what it took.
-
-    Attributes:
-        name: as configured.
-        points: by step.
-        totals: of one run with everything that it needs, by seed.
-        phases: cost of every ledger phase, by seed.
-        fingerprint: of what makes costs comparable.
-    """
-
-    name: str
-    points: tuple[Point, ...]
-    totals: tuple[Cost, ...]
-    phases: tuple[Mapping[str, Cost], ...]
-    fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonResult:
-    """All methods on one page.
-
-    Attributes:
-        directory: of the comparison.
-        methods: in the order of the configuration.
-        seeds: that were run.
-        before: judged answers of the policy before training, prompts of all seeds pooled.
-    """
-
-    directory: Path
-    methods: tuple[MethodCosts, ...]
-    seeds: tuple[int, ...]
-    before: tuple[Completion, ...]
 
 
 def compare(comparison: Comparison) -> ComparisonResult:
@@ -233,15 +182,24 @@ def _collect(
             for step in steps
         )
         methods.append(
-            MethodCosts(
+            MethodResult(
                 name=name,
+                kind=trials[0].config.train.method,
                 points=points,
                 totals=tuple(total(rows) + total_reused(rows) for rows in runs),
                 phases=tuple(totals(rows, by="phase") for rows in runs),
                 fingerprint=runs[0][-1].fingerprint,
             )
         )
-    return ComparisonResult(directory=directory, methods=tuple(methods), seeds=seeds, before=before)
+    return ComparisonResult(
+        name=comparison.base.run.name,
+        methods=tuple(methods),
+        seeds=seeds,
+        before=summarise(before, num_samples=comparison.base.evaluate.bootstrap_samples, seed=comparison.base.run.seed),
+        baseline=comparison.compare.baseline,
+        rerank=comparison.compare.rerank,
+        target=comparison.compare.target,
+    )
 
 
 def shared_phases(config: RunConfig) -> frozenset[str]:

@@ -1,0 +1,72 @@
+"""What a comparison of methods says, as plain values: the one input of its table, its HTML and its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raylign.types import Method
+
+if TYPE_CHECKING:
+    from raylign.cost.rows import Cost
+    from raylign.evaluation.safety import SafetyComparison, SafetySummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method at one of its checkpoints, over all seeds.
+
+    Attributes:
+        step: updates done.
+        comparison: with the policy before training, prompts of all seeds pooled.
+        device_s: reserved device-seconds until then, by seed and kind, shared phases included.
+    """
+
+    step: int
+    comparison: SafetyComparison
+    device_s: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """A method: what it reached and what it took.
+
+    Attributes:
+        name: as configured.
+        points: by step.
+        kind: `train.method`.
+        totals: of one run with everything that it needs, by seed.
+        phases: cost by ledger phase ("generate", "policy_update", ...), by seed.
+        fingerprint: of what makes costs comparable.
+    """
+
+    name: str
+    kind: Method
+    points: tuple[Point, ...]
+    totals: tuple[Cost, ...]
+    phases: tuple[Mapping[str, Cost], ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResult:
+    """All methods on one page.
+
+    Attributes:
+        name: of the comparison.
+        methods: in the order of the configuration.
+        seeds: that were run.
+        before: the policy before training, prompts of all seeds pooled.
+        baseline: method whose cost the others' extra cost is counted from.
+        rerank: method whose extra cost is the denominator of the overhead ratio.
+        target: violation rate whose cost is looked up.
+    """
+
+    name: str
+    methods: tuple[MethodResult, ...]
+    seeds: tuple[int, ...]
+    before: SafetySummary
+    baseline: str
+    rerank: str
+    target: float
