@@ -1,0 +1,398 @@
+"""One vLLM engine behind three calls: start, generate, apply_update. A plain class; `SamplerPool` makes it an actor.
+
+vLLM runs inside the actor's process (and, with several GPUs, in one more process per GPU), on the CPU build as on the
+CUDA build. Tokens go in and come out; vLLM sees neither text nor the checkpoint's own sampling settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from raylign.errors import MissingDependencyError, ModelError, RaylignError, SamplerError, StaleWeightsError
+from raylign.runtime.weight_sync import Bucket, EngineReport, UpdateHeader, unpack_bucket
+from raylign.types import Rollout, SampleRequest
+
+if TYPE_CHECKING:
+    import torch
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What an engine is started with; see `SamplerSection` for what is not explained here.
+
+    Attributes:
+        model_path: directory of the policy before training, readable on the engine's node.
+        dtype: `policy.dtype`.
+        lora_rank: rank of adapters to come, None for full weights.
+        trust_remote_code: `policy.trust_remote_code`.
+        max_length: longest sequence that will be asked for, prompt and response, in tokens.
+        max_new_tokens: length limit of a response.
+        temperature: 0 is greedy.
+        top_p: nucleus.
+        num_gpus: tensor-parallel size, 0 on CPUs.
+        cache_mib: key-value cache on CPUs.
+        gpu_memory_utilization: share of a GPU.
+        enforce_eager: skip compilation.
+    """
+
+    model_path: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+    lora_rank: int | None
+    trust_remote_code: bool
+    max_length: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    num_gpus: int
+    cache_mib: int
+    gpu_memory_utilization: float
+    enforce_eager: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What is known of an engine once it has started.
+
+    Attributes:
+        node: address of its node.
+        pid: its process.
+        context: longest sequence it takes, prompt and response, in tokens.
+        vllm_version: version of vLLM.
+    """
+
+    node: str
+    pid: int
+    context: int
+    vllm_version: str
+
+
+class EngineNotStartedError(RuntimeError):
+    """`start` was not called in this process: the actor was restarted and has lost its weights."""
+
+
+def engine_environment(cpus: float) -> dict[str, str]:
+    """Environment of an engine's process, which must be set before torch is loaded.
+
+    Args:
+        cpus: CPUs of the engine. Engines and trainer share cores, and more threads than that slow all of them down.
+    """
+    return {
+        "OMP_NUM_THREADS": str(max(1, int(cpus))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines would bind to the same core
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # half the memory and start-up time; one engine per actor anyway
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+class SamplerEngine:
+    """A copy of the policy that samples.
+
+    Args:
+        settings: what to start.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._version = 0
+        self._llm: Any = None
+        self._ends: list[int] = []
+        self._lora: Any = None
+        self._num_adapters = 0
+        self._dtype = ""
+
+    def start(self) -> EngineFacts:
+        """Load the model; not in the constructor, whose errors Ray would turn into text.
+
+        Raises:
+            MissingDependencyError: vLLM is not installed or cannot be imported.
+            SamplerError: vLLM refuses the model.
+        """
+        vllm = _import_vllm(self._settings.num_gpus)
+        if self._llm is None:
+            self._dtype = _dtype_name(self._settings)
+            self._ends = _end_ids(self._settings)
+            try:
+                self._llm = vllm.LLM(**_llm_arguments(self._settings, self._dtype))
+            except Exception as error:  # vLLM has no common root of its errors
+                raise SamplerError(
+                    f"vLLM {vllm.__version__} cannot sample from {self._settings.model_path}: {_reason(error)}"
+                ) from error
+        return EngineFacts(
+            node=_node(),
+            pid=os.getpid(),
+            context=int(self._llm.llm_engine.model_config.max_model_len),
+            vllm_version=str(vllm.__version__),
+        )
+
+    def generate(self, requests: Sequence[SampleRequest], version: int) -> list[Rollout]:
+        """Sample one response per request, in the order of the requests.
+
+        Args:
+            requests: prompts that fit, see `check_lengths`.
+            version: of the weights that must be loaded.
+
+        Raises:
+            EngineNotStartedError: the process is new.
+            StaleWeightsError: other weights are loaded.
+        """
+        if self._llm is None:
+            raise EngineNotStartedError(f"process {os.getpid()} has not started its engine")
+        if self._version != version:
+            raise StaleWeightsError(
+                f"the engine on {_node()} holds weights version {self._version}, asked for was {version}; sync first"
+            )
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": _ints(request.prompt_ids)} for request in requests],
+            [self._sampling(request) for request in requests],
+            lora_request=self._lora,
+            use_tqdm=False,
+        )
+        return [self._rollout(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _sampling(self, request: SampleRequest) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            seed=int(request.seed),
+            max_tokens=self._settings.max_new_tokens,
+            stop_token_ids=self._ends,
+            ignore_eos=True,  # the end tokens are all in stop_token_ids
+            logprobs=0,  # of the sampled token alone; vLLM takes them before temperature and nucleus
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _rollout(self, request: SampleRequest, output: Any) -> Rollout:
+        completion = output.outputs[0]
+        response_ids = np.asarray(completion.token_ids, np.int32)
+        return Rollout(
+            prompt_index=request.prompt_index,
+            sample_index=request.sample_index,
+            prompt_ids=np.asarray(request.prompt_ids, np.int32),
+            response_ids=response_ids,
+            sampler_logps=_token_logps(completion.logprobs, response_ids),
+            reached_end=int(response_ids[-1]) in self._ends,
+            weight_version=self._version,
+        )
+
+    def apply_update(self, header: UpdateHeader, buckets: Sequence[Any]) -> EngineReport:
+        """Load new weights in place and tell what arrived.
+
+        Args:
+            header: of the update.
+            buckets: `Bucket`s, or Ray references to them, which are fetched one at a time.
+
+        Raises:
+            EngineNotStartedError: the process is new.
+            SamplerError: vLLM cannot load the tensors.
+        """
+        if self._llm is None:
+            raise EngineNotStartedError(f"process {os.getpid()} has not started its engine")
+        self._version = -1  # what is half loaded must not sample
+        try:
+            if header.adapter is None:
+                received, not_loaded = self._load_weights(buckets)
+            else:
+                received, not_loaded = self._load_adapter(header, buckets), ()
+        except RaylignError:
+            raise
+        except Exception as error:
+            raise SamplerError(f"vLLM cannot load weights version {header.version}: {_reason(error)}") from error
+        # cached keys and values belong to the old weights
+        if not self._llm.reset_prefix_cache():
+            raise SamplerError(f"vLLM kept its prefix cache at weights version {header.version}: requests are running")
+        probe_logps = self._probe(header.probe_ids)
+        self._version = header.version
+        return EngineReport(
+            version=self._version,
+            dtype=self._dtype,
+            checksums=received,
+            not_loaded=not_loaded,
+            probe_logps=probe_logps,
+        )
+
+    def _load_weights(self, buckets: Sequence[Any]) -> tuple[tuple[Mapping[str, int], ...], tuple[str, ...]]:
+        self._llm.collective_rpc("raylign_begin")
+        received: list[dict[str, int]] = []
+        for reference in buckets:
+            found = self._llm.collective_rpc("raylign_receive", args=(_fetch(reference),))
+            received = received or [{} for _ in found]
+            for process, names in zip(received, found, strict=True):
+                process.update(names)
+        not_loaded = self._llm.collective_rpc("raylign_finish")
+        return tuple(received), tuple(sorted({name for names in not_loaded for name in names}))
+
+    def _load_adapter(self, header: UpdateHeader, buckets: Sequence[Any]) -> tuple[Mapping[str, int], ...]:
+        """Only the adapter travels; a new id every time, since vLLM keeps serving the old tensors under a known id."""
+        from safetensors.torch import save_file
+        from vllm.lora.request import LoRARequest
+
+        if self._settings.lora_rank is None:
+            raise SamplerError(
+                "the update holds an adapter but the engine was started without; set policy.adapter=lora"
+            )
+        assert header.adapter is not None
+        tensors: dict[str, torch.Tensor] = {}
+        received: dict[str, int] = {}
+        for reference in buckets:
+            unpacked, found = unpack_bucket(_fetch(reference))
+            tensors |= unpacked
+            received |= found
+        self._num_adapters += 1
+        engine = self._llm.llm_engine
+        with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as directory:
+            save_file(tensors, str(Path(directory) / "adapter_model.safetensors"))
+            content = json.dumps(dict(header.adapter), default=_plain)
+            (Path(directory) / "adapter_config.json").write_text(content, encoding="utf-8")
+            lora = LoRARequest(f"policy-{self._num_adapters}", self._num_adapters, directory)
+            if not engine.add_lora(lora):
+                raise SamplerError(f"vLLM did not take the adapter of weights version {header.version}")
+        if self._lora is not None:
+            engine.remove_lora(self._lora.lora_int_id)
+        self._lora = lora
+        return (received,)
+
+    def _probe(self, token_ids: Sequence[int]) -> np.ndarray:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        (output,) = self._llm.generate(
+            [{"prompt_token_ids": _ints(token_ids)}], sampling, lora_request=self._lora, use_tqdm=False
+        )
+        return _token_logps(output.prompt_logprobs, token_ids)[1:]
+
+
+def _import_vllm(num_gpus: int) -> Any:
+    cure = "pip install 'raylign[gpu]'" if num_gpus else "bash launch/setup.sh --vllm (pip install 'raylign[vllm]')"
+    try:
+        import vllm
+
+        vllm.LLM  # noqa: B018  # loaded on first use, where a broken installation shows
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the online methods sample with vLLM, which cannot be imported: {error}; {cure}"
+        ) from error
+    return vllm
+
+
+def _llm_arguments(settings: EngineSettings, dtype: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": settings.model_path,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": dtype,
+        "max_model_len": _context(settings),
+        "trust_remote_code": settings.trust_remote_code,
+        "load_format": "safetensors",
+        "enforce_eager": settings.enforce_eager,
+        "worker_extension_cls": "raylign.runtime.sampler_worker.WeightReceiver",
+        "seed": 0,
+    }
+    if settings.num_gpus:
+        arguments |= {
+            "tensor_parallel_size": settings.num_gpus,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+        }
+    else:
+        # without it the cache is sized from the memory of the machine
+        arguments["kv_cache_memory_bytes"] = settings.cache_mib * 2**20
+    if settings.lora_rank is not None:
+        rank = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), None)
+        if rank is None:
+            raise SamplerError(f"policy.lora_rank={settings.lora_rank} exceeds vLLM's largest, {_LORA_RANKS[-1]}")
+        # one more than in use: at an update the old adapter leaves after the new one has come
+        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 2, "max_cpu_loras": 2}
+    return arguments
+
+
+def _context(settings: EngineSettings) -> int:
+    from raylign.models.loading import context_length, load_config
+
+    context = context_length(load_config(settings.model_path, trust_remote_code=settings.trust_remote_code))
+    return settings.max_length if context is None else min(context, settings.max_length)
+
+
+def _dtype_name(settings: EngineSettings) -> str:
+    from raylign.models.loading import resolve_dtype
+
+    return str(resolve_dtype(settings.dtype, "cuda" if settings.num_gpus else "cpu")).removeprefix("torch.")
+
+
+def _end_ids(settings: EngineSettings) -> list[int]:
+    """As evaluation finds them, from the checkpoint's files instead of a loaded model."""
+    from types import SimpleNamespace
+
+    from transformers import GenerationConfig
+
+    from raylign.evaluation.generation import end_token_ids
+    from raylign.models.loading import load_config, load_tokenizer
+
+    try:
+        generation = GenerationConfig.from_pretrained(settings.model_path)
+    except OSError:  # no generation_config.json: transformers falls back to the model's own, too
+        config = load_config(settings.model_path, trust_remote_code=settings.trust_remote_code)
+        generation = GenerationConfig.from_model_config(config)
+    tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
+    return end_token_ids(SimpleNamespace(generation_config=generation), tokenizer)
+
+
+def _token_logps(flat: Any, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(T,) log-probability of each token, 0 where vLLM gives none (the first of a prompt).
+
+    vLLM lists the token itself first at every position, whatever else it lists.
+    """
+    logps = np.zeros(len(token_ids), np.float32)
+    for position, start in enumerate(flat.start_indices):
+        if start < flat.end_indices[position]:
+            if flat.token_ids[start] != int(token_ids[position]):
+                raise SamplerError(
+                    f"vLLM gives the log-probability of token {flat.token_ids[start]} at position {position}, where "
+                    f"token {int(token_ids[position])} stands"
+                )
+            logps[position] = flat.logprobs[start]
+    return logps
+
+
+def _fetch(reference: Any) -> Bucket:
+    if isinstance(reference, Bucket):
+        return reference
+    import ray
+
+    bucket: Bucket = ray.get(reference)
+    return bucket
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "this machine"
+
+
+def _ints(token_ids: Sequence[int] | np.ndarray) -> list[int]:
+    return [int(token) for token in token_ids]
+
+
+def _plain(value: Any) -> Any:
+    """JSON of what peft keeps in sets."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise ModelError(f"adapter config holds {value!r}, which is not JSON; pass what adapter_config.json holds")
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
