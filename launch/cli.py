@@ -34,7 +34,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="raylign")
 def main() -> None:
-    """Safety alignment of language models on Ray: re-ranked off-policy training."""
+    """Safety alignment of language models on Ray: re-ranked off-policy training, and the online baselines beside it."""
 
 
 def config_options(command: Any) -> Any:
@@ -48,13 +48,16 @@ def config_options(command: Any) -> Any:
 
 def resolve(path: str | None, overrides: tuple[str, ...], print_config: bool) -> RunConfig:
     """Load the configuration, looking a bare name up among the shipped files; print it and exit when asked to."""
-    if path is not None and not Path(path).exists() and (CONFIGS / path).exists():
-        path = str(CONFIGS / path)
-    config = load_config(path, overrides)
+    config = load_config(None if path is None else shipped(path), overrides)
     if print_config:
         click.echo(to_yaml(config), nl=False)
         raise SystemExit(0)
     return config
+
+
+def shipped(path: str) -> str:
+    """The path itself, or that of the shipped file of this name."""
+    return str(CONFIGS / path) if not Path(path).exists() and (CONFIGS / path).exists() else path
 
 
 def connect(verbose: bool) -> None:
@@ -116,6 +119,26 @@ def align(path: str | None, overrides: tuple[str, ...], print_config: bool, verb
     click.echo(result.table)
     click.echo(f"checkpoint  {result.checkpoint}")
     click.echo(f"report      {result.report}")
+
+
+@main.command()
+@click.option(
+    "--config", "path", metavar="FILE", required=True, help="YAML file with a section compare, or a shipped name."
+)
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--verbose", is_flag=True, help="Show Ray's own progress and the output of its workers.")
+def compare(path: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Train several methods on the same prompts, reward and evaluation, over seeds, and price them on one ledger."""
+    from raylign.compare_config import load_comparison
+
+    comparison = load_comparison(shipped(path), overrides)
+    connect(verbose)
+    from raylign.runtime.compare import compare as run_compare
+    from raylign.runtime.compare import write_comparison
+
+    written = write_comparison(comparison, run_compare(comparison))
+    click.echo(written.text)
+    click.echo(f"report      {written.html}")
 
 
 @main.command()

@@ -20,8 +20,11 @@ _LAZY = {
     "fit_reward": "raylign.runtime.api",
     "rank": "raylign.runtime.api",
     "train": "raylign.runtime.api",
+    "train_online": "raylign.runtime.api",
     "evaluate": "raylign.runtime.api",
     "align": "raylign.runtime.pipeline",
+    "compare": "raylign.runtime.compare",
+    "load_comparison": "raylign.compare_config",
     "RunConfig": "raylign.config",
     "load_config": "raylign.config",
 }
@@ -30,18 +33,23 @@ __all__ = [
     "RunConfig",
     "__version__",
     "align",
+    "compare",
     "evaluate",
     "extract_features",
     "fit_reward",
     "ingest",
+    "load_comparison",
     "load_config",
     "rank",
     "train",
+    "train_online",
 ]
 
 if TYPE_CHECKING:
+    from raylign.compare_config import load_comparison
     from raylign.config import RunConfig, load_config
-    from raylign.runtime.api import evaluate, extract_features, fit_reward, ingest, rank, train
+    from raylign.runtime.api import evaluate, extract_features, fit_reward, ingest, rank, train, train_online
+    from raylign.runtime.compare import compare
     from raylign.runtime.pipeline import align
 
 

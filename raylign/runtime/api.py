@@ -196,6 +196,57 @@ def train(
     )
 
 
+def train_online(
+    pairs: ray.data.Dataset,
+    reward: FittedReward,
+    *,
+    name: str,
+    model: str = EMBEDDED,
+    storage: str | Path = STORAGE,
+    seed: int = 0,
+    resume: bool = False,
+    config: Sections | None = None,
+    **options: Any,
+) -> ray.train.Result:
+    """Train the policy on responses that it samples itself, on vLLM engines beside Ray Train's workers.
+
+    Args:
+        pairs: of `ingest`; the prompts of their training split are sampled from.
+        reward: of `fit_reward`, on features of `model`; scores the responses.
+        name: of the run below `storage`.
+        model: directory or hub id of the policy before training, which is the reference.
+        storage: directory of the run.
+        seed: of prompts, sampling and dropout.
+        resume: continue the run of that name.
+        config: other sections, for example {"online": {"num_rounds": 8}, "sampler": {"num_engines": 2}}.
+        **options: keys of the `train` section; method="online_dpo" unless "policy_gradient" is asked for.
+
+    Returns:
+        Ray's result; `result.checkpoint.path` holds `policy/`, a plain HF or PEFT directory.
+
+    Raises:
+        MissingDependencyError: vLLM is not installed.
+    """
+    from raylign.models.forward import resolve_layers
+    from raylign.models.loading import load_config as load_architecture
+    from raylign.runtime.online_trainer import run_online
+
+    sections = {**(config or {}), "run": {"resume": resume}}
+    sections["policy"] = {**sections.get("policy", {}), "model": model}
+    resolved = _config(sections, "train", {"method": "online_dpo", **options}, seed=seed)
+    path = resolve_model(model)
+    architecture = load_architecture(path, trust_remote_code=resolved.policy.trust_remote_code)
+    return run_online(
+        pairs,
+        config=resolved,
+        model_path=path,
+        heads=reward,
+        layers=reward.layers or resolve_layers(resolved.features.layers, architecture.num_hidden_layers),
+        storage_path=_directory(storage),
+        name=name,
+    )
+
+
 def evaluate(model: str | Path, *, seed: int = 0, config: Sections | None = None, **options: Any) -> Evaluation:
     """Judge a HF or PEFT directory on safety and benign prompts.
 

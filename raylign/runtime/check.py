@@ -34,8 +34,7 @@ def check_config(config: RunConfig) -> list[str]:
     check_devices(config)
     for problem in conflicts():
         raise MissingDependencyError(problem)
-    if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'")
+    check_packages(config)
     model = resolve_model(config.policy.model)
     trust = config.policy.trust_remote_code
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
@@ -56,8 +55,29 @@ def check_config(config: RunConfig) -> list[str]:
         f"features layers {', '.join(map(str, layers))}",
         f"data     {len(files)} file(s), first {files[0]}",
         f"prompts  {len(prompts)} ({sum(p.harmful for p in prompts)} harmful)",
-        f"method   {config.train.objective}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
+        f"method   {method_name(config)}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
     ]
+
+
+def check_packages(config: RunConfig) -> None:
+    """Refuse a run whose optional packages are not installed, before any of its phases starts.
+
+    Raises:
+        MissingDependencyError: naming the extra that installs the package.
+    """
+    if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'")
+    if config.train.method != "offline" and importlib.util.find_spec("vllm") is None:
+        cure = "pip install 'raylign[gpu]'" if config.sampler.gpus_per_engine else "bash launch/setup.sh --vllm"
+        raise MissingDependencyError(f"train.method={config.train.method} samples with vLLM; install it: {cure}")
+
+
+def method_name(config: RunConfig) -> str:
+    """The method in one or two words: the loss of stored pairs, or the online method with its loss."""
+    train = config.train
+    if train.method == "offline":
+        return train.objective
+    return f"online {train.objective}" if train.method == "online_dpo" else "policy gradient"
 
 
 def _is_model(name: str) -> bool:

@@ -16,8 +16,9 @@ from raylign.config import RunConfig, check_devices
 from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
 from raylign.errors import OutputExistsError
 from raylign.evaluation.safety import compare_summaries, summarise
-from raylign.report.compare_data import ComparisonResult, MethodResult, Point
 from raylign.models.loading import model_fingerprint, resolve_model
+from raylign.report.compare_data import ComparisonResult, MethodResult, Point
+from raylign.runtime.check import check_packages
 from raylign.runtime.costs import LEDGER_DIR, open_ledger, phase_devices
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
@@ -53,6 +54,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     model = resolve_model(base.policy.model)
     for config in (base, *(trial.config for trial in comparison.trials)):
         check_devices(config)
+        check_packages(config)
         check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _nodes())
     shared_config = _renamed(base, storage=directory, name=SHARED)
     shared = Phases(shared_config, _open(shared_config), model)

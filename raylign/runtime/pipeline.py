@@ -6,7 +6,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from raylign.config import RunConfig, check_devices
 from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
+from raylign.runtime.check import check_packages
 from raylign.runtime.costs import open_ledger, phase_devices, record_reuse
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
@@ -246,7 +247,6 @@ class Phases:
     def evaluate(self, checkpoint: Path, ingest: Path, reward: Path) -> tuple[Path, dict[str, Any]]:
         """Answers before and after, judged; and the drift check on held-out prompts."""
         config = self.config
-        options = actor_options(config)
         key = {
             "before": model_fingerprint(self.model),
             "after": model_fingerprint(checkpoint),
@@ -257,6 +257,7 @@ class Phases:
         }
 
         def work(directory: Path) -> dict[str, Any]:
+            options = replace(actor_options(config), ledger=self.ledger)
             evaluations = evaluate_models(
                 {"before": self.model, "after": checkpoint},
                 config=config.evaluate,
@@ -289,6 +290,7 @@ def align(config: RunConfig) -> AlignResult:
     from raylign.runtime.reporting import write_report
 
     check_devices(config)
+    check_packages(config)
     model = resolve_model(config.policy.model)
     plan, cluster = ResourcePlan.from_config(config), ray.cluster_resources()
     check_plan(plan, cluster, _node_resources())

@@ -17,6 +17,7 @@ from raylign.report.data import ConfidenceFacts, LayerPoint, NotMeasured, Report
 from raylign.report.html import render_html
 from raylign.report.model_card import render_model_card
 from raylign.report.wording import comparison_table
+from raylign.runtime.check import method_name
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
 from raylign.runtime.phases import ENVIRONMENT_FILE, Run, record_config, versions, write_json
 from raylign.runtime.tracking import read_records, record_summary
@@ -143,14 +144,6 @@ def _reward_quality(metrics: Mapping[str, Any], layers: tuple[int, ...]) -> Rewa
             for record in metrics["layers"]
         ),
     )
-
-
-def method_name(config: RunConfig) -> str:
-    """The method in one or two words: the loss of stored pairs, or the online method with its loss."""
-    train = config.train
-    if train.method == "offline":
-        return train.objective
-    return f"online {train.objective}" if train.method == "online_dpo" else "policy gradient"
 
 
 def _confidence(config: RunConfig, facts: Mapping[str, Any] | None) -> ConfidenceFacts | NotMeasured:
