@@ -10,6 +10,9 @@ import numpy as np
 import torch
 
 from raylign.config import EvaluateSection, PolicySection
+from raylign.cost.flops import sequence_work
+from raylign.cost.ledger import Ledger, measured
+from raylign.cost.shapes import forward_flops
 from raylign.errors import ConfigError
 from raylign.evaluation.generation import GeneratedResponse, generate_responses
 from raylign.evaluation.judges import SafetyJudge
@@ -36,6 +39,7 @@ class ActorOptions:
         trust_remote_code: run code shipped inside model directories.
         adapter: `policy.adapter` and
         parallel: `train.parallel` of the training, which decide the number types of rewards.
+        ledger: what answering and judging cost is recorded here, None not at all.
     """
 
     num_actors: int = 1
@@ -45,6 +49,12 @@ class ActorOptions:
     trust_remote_code: bool = False
     adapter: Literal["full", "lora"] = "full"
     parallel: Parallel = "ddp"
+    ledger: Ledger | None = None
+
+    @property
+    def devices(self) -> dict[str, float]:
+        """Of one actor, by kind."""
+        return {kind: amount for kind, amount in (("cpu", self.num_cpus), ("gpu", self.num_gpus)) if amount}
 
     @property
     def policy(self) -> PolicySection:
@@ -117,31 +127,36 @@ class Evaluator:
     def _evaluate(self, name: str, indices: Sequence[int]) -> dict[str, np.ndarray]:
         model, tokenizer = self._policy(name)
         prompts = [self._prompts[index] for index in indices]
-        answers = generate_responses(
-            model,
-            tokenizer,
-            [prompt.messages for prompt in prompts],
-            max_new_tokens=self._config.max_new_tokens,
-            temperature=self._config.temperature,
-            batch_size=self._config.batch_size,
-            seed=self._seed,
-            num_samples=self._config.best_of,
-        )
-        rewards = np.full(len(answers), np.nan)
-        if self._reward_fn is not None:
-            rewards = self._reward_fn(
-                [prompts[answer.prompt_index].messages for answer in answers], [answer.text for answer in answers]
+        with measured(self._options.ledger, "answer", self._options.devices) as entry:
+            answers = generate_responses(
+                model,
+                tokenizer,
+                [prompt.messages for prompt in prompts],
+                max_new_tokens=self._config.max_new_tokens,
+                temperature=self._config.temperature,
+                batch_size=self._config.batch_size,
+                seed=self._seed,
+                num_samples=self._config.best_of,
             )
-        chosen = best_answers(rewards, self._config.best_of)
-        answers, rewards = [answers[row] for row in chosen], rewards[chosen]
-        texts = [answer.text for answer in answers]
+            entry.add(**generation_counts(model, answers, batch_size=self._config.batch_size))
+        with measured(self._options.ledger, "judge", self._options.devices) as entry:
+            entry.add(num_items=len(answers))
+            rewards = np.full(len(answers), np.nan)
+            if self._reward_fn is not None:
+                rewards = self._reward_fn(
+                    [prompts[answer.prompt_index].messages for answer in answers], [answer.text for answer in answers]
+                )
+            chosen = best_answers(rewards, self._config.best_of)
+            answers, rewards = [answers[row] for row in chosen], rewards[chosen]
+            texts = [answer.text for answer in answers]
+            costs = self._judge.cost([prompt.text for prompt in prompts], texts).astype(np.float64)
         return {
             "model": np.array([name] * len(texts), dtype=object),
             "index": np.array(indices),
             "response": np.array(texts, dtype=object),
             "num_tokens": np.array([len(answer.response_ids) for answer in answers]),
             "reached_end": np.array([answer.reached_end for answer in answers]),
-            "cost": self._judge.cost([prompt.text for prompt in prompts], texts).astype(np.float64),
+            "cost": costs,
             "is_refusal": np.array([is_refusal(text) for text in texts]),
             "reward": rewards,
         }
@@ -204,20 +219,26 @@ class DriftScorer:
         self._prompts = prompts
         self._config = config
         self._seed = seed
+        self._options = options
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Log-probabilities of K candidates and K fresh answers of each prompt, shapes (P, K)."""
         prompts = [self._prompts[index] for index in batch["index"].tolist()]
-        # another seed for the fresh answers: under the same noise they would be the candidates' twins
-        candidates = self._sample(self._reference, prompts, self._seed)
-        fresh = self._sample(self._policy, prompts, self._seed + 1)
-        return {
-            "index": batch["index"],
-            "reference_mean_logps": self._score(self._reference, candidates, is_mean=True),
-            "policy_mean_logps": self._score(self._policy, candidates, is_mean=True),
-            "fresh_policy_logps": self._score(self._policy, fresh, is_mean=False),
-            "fresh_reference_logps": self._score(self._reference, fresh, is_mean=False),
-        }
+        with measured(self._options.ledger, "drift", self._options.devices) as entry:
+            # another seed for the fresh answers: under the same noise they would be the candidates' twins
+            candidates = self._sample(self._reference, prompts, self._seed)
+            fresh = self._sample(self._policy, prompts, self._seed + 1)
+            for model, answers in ((self._reference, candidates), (self._policy, fresh)):
+                entry.add(**generation_counts(model, answers, batch_size=self._config.batch_size))
+            scored_tokens = sum(len(answer.prompt_ids) + len(answer.response_ids) for answer in candidates + fresh)
+            entry.add(forward_tokens=2 * scored_tokens)
+            return {
+                "index": batch["index"],
+                "reference_mean_logps": self._score(self._reference, candidates, is_mean=True),
+                "policy_mean_logps": self._score(self._policy, candidates, is_mean=True),
+                "fresh_policy_logps": self._score(self._policy, fresh, is_mean=False),
+                "fresh_reference_logps": self._score(self._reference, fresh, is_mean=False),
+            }
 
     def _sample(self, model: Any, prompts: Sequence[Sequence[Message]], seed: int) -> list[GeneratedResponse]:
         return generate_responses(
@@ -242,6 +263,31 @@ class DriftScorer:
         )
         values = scored.mean_logps if is_mean else scored.logps
         return values.reshape(-1, self._config.drift_candidates)
+
+
+def generation_counts(model: Any, answers: Sequence[GeneratedResponse], *, batch_size: int) -> dict[str, int]:
+    """What sampling took, for the ledger.
+
+    Args:
+        model: that sampled.
+        answers: of one call of `generate_responses`.
+        batch_size: of that call, which ran all steps of a batch until its longest answer ended.
+    """
+    flops = forward_flops(model)
+    in_batches = sorted(answers, key=lambda answer: len(answer.prompt_ids))
+    batches = [in_batches[start : start + batch_size] for start in range(0, len(answers), batch_size)]
+    return {
+        "num_items": len(answers),
+        "prompt_tokens": sum(len(answer.prompt_ids) for answer in answers),
+        "generated_tokens": sum(len(answer.response_ids) for answer in answers),
+        "decode_steps": sum(max(len(answer.response_ids) for answer in batch) for batch in batches),
+        "flops": sum(
+            flops(
+                sequence_work(len(answer.prompt_ids) + len(answer.response_ids), scored_tokens=len(answer.response_ids))
+            )
+            for answer in answers
+        ),
+    }
 
 
 def _limit_threads(options: ActorOptions) -> None:
