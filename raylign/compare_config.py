@@ -114,6 +114,7 @@ def _trial_config(merged: Mapping[str, Any], method: str, keys: Mapping[str, Any
                 f"compare.methods.{method} sets {key}, which all methods must share; set it once, outside of compare"
             )
         values.setdefault(section, {})[name] = value
+    values.setdefault("train", {}).setdefault("keep_checkpoints", 10_000)  # those to evaluate are chosen at the end
     run = values.setdefault("run", {})
     run["storage"] = str(Path(run.get("storage", "runs")) / run.get("name", "default"))
     run["name"] = f"{method}-seed{seed}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from raylign.runtime.evaluate_job import (
     load_completions,
     save_completions,
 )
-from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.phases import Run, digest, open_run, write_json
 from raylign.runtime.pipeline import POLICY_DIR, Phases, actor_options
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import make_reward_scorer
@@ -48,7 +49,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
         RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
     """
     base = comparison.base
-    directory = Path(base.run.storage).expanduser().absolute() / base.run.name
+    directory = comparison_directory(comparison)
     if directory.exists() and any(directory.iterdir()) and not base.run.resume:
         raise OutputExistsError(f"{directory} is in use; continue it with run.resume=true or choose another run.name")
     model = resolve_model(base.policy.model)
@@ -80,6 +81,38 @@ def compare(comparison: Comparison) -> ComparisonResult:
         for seed in comparison.compare.seeds
     }
     return _collect(comparison, directory, trained, answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenComparison:
+    """What `write_comparison` leaves.
+
+    Attributes:
+        html: path of the self-contained report; `comparison.json` lies beside it.
+        text: the tables for a terminal.
+    """
+
+    html: Path
+    text: str
+
+
+def write_comparison(comparison: Comparison, result: ComparisonResult) -> WrittenComparison:
+    """Write `comparison.html` and `comparison.json` into the comparison's directory."""
+    from raylign.report.compare_data import comparison_json
+    from raylign.report.compare_html import render_comparison
+    from raylign.report.compare_text import comparison_text
+
+    directory = comparison_directory(comparison)
+    html = directory / "comparison.html"
+    html.write_text(render_comparison(result), encoding="utf-8")
+    write_json(directory / "comparison.json", comparison_json(result))
+    return WrittenComparison(html=html, text=comparison_text(result))
+
+
+def comparison_directory(comparison: Comparison) -> Path:
+    """`<run.storage>/<run.name>` of the shared configuration, absolute."""
+    run = comparison.base.run
+    return Path(run.storage).expanduser().absolute() / run.name
 
 
 def _renamed(config: RunConfig, *, storage: Path, name: str) -> RunConfig:
