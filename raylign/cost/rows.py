@@ -190,20 +190,25 @@ def read_ledger(directory: str | Path) -> list[LedgerRow]:
 
 
 def totals(rows: Iterable[LedgerRow], by: Grouping = "stage") -> dict[str, Cost]:
-    """Sum of the rows' own costs by a property of the rows, in the order of first appearance.
+    """Cost of the rows by one of their properties, in the order of first appearance.
 
-    What was reused is not in it, see `total_reused`.
+    Wall seconds by phase leave out nested entries and add up those of entries side by side; by anything else they are
+    those of the outermost entries. What was reused is not in it, see `total_reused`.
     """
-    sums: dict[str, Cost] = {}
+    groups: dict[str, list[LedgerRow]] = {}
     for row in rows:
-        group = str(getattr(row, by))
-        sums[group] = sums.get(group, Cost()) + row.cost
-    return sums
+        groups.setdefault(str(getattr(row, by)), []).append(row)
+    if by == "phase":
+        return {name: sum((row.cost for row in group), Cost()) for name, group in groups.items()}
+    return {name: total(group) for name, group in groups.items()}
 
 
 def total(rows: Iterable[LedgerRow]) -> Cost:
-    """Sum of the rows' own costs."""
-    return sum((row.cost for row in rows), Cost())
+    """Cost of the rows together, over the wall seconds of those that are not nested in another of them."""
+    rows = list(rows)
+    ids = {row.id for row in rows}
+    wall_s = sum(row.wall_s for row in rows if row.parent not in ids)
+    return dataclasses.replace(sum((row.cost for row in rows), Cost()), wall_s=wall_s)
 
 
 def total_reused(rows: Iterable[LedgerRow]) -> Cost:
@@ -226,8 +231,9 @@ def total_below(rows: Iterable[LedgerRow], id: str) -> Cost:
     def is_within(row: LedgerRow) -> bool:
         return row.id == id or (row.parent in by_id and is_within(by_id[row.parent]))
 
-    within = [row for row in by_id.values() if is_within(row)]
-    return dataclasses.replace(total(within), wall_s=by_id[id].wall_s)
+    if id not in by_id:
+        raise KeyError(id)
+    return total(row for row in by_id.values() if is_within(row))
 
 
 def money(device_s: Mapping[str, float], prices: Mapping[str, float]) -> float:

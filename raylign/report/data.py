@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from raylign.types import Completion, Interval
 
 if TYPE_CHECKING:
+    from raylign.cost.rows import Cost
     from raylign.evaluation.drift import DriftReport
     from raylign.evaluation.judges import SignCheck
     from raylign.evaluation.refusal import RefusalValidation
@@ -89,6 +90,29 @@ class ConfidenceFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostFacts:
+    """What the run cost, from its ledger; sessions that were killed and resumed are all in it.
+
+    Attributes:
+        stages: cost by phase of the run, in order.
+        phases: the same cost by what was done, for example "policy_update" inside "train".
+        total: of the run.
+        reused: what artefacts that were found ready had cost when they were made; not in the total.
+        num_killed: entries that a killed process left open, counted up to their last sign of life.
+        money: price of the total's device-seconds.
+        currency: of the money.
+    """
+
+    stages: Mapping[str, Cost]
+    phases: Mapping[str, Cost]
+    total: Cost
+    reused: Cost
+    num_killed: int
+    money: float | NotMeasured
+    currency: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything the report of one run shows.
 
@@ -111,6 +135,7 @@ class ReportData:
         data_counts: rows by what became of them, for example {"read": 7000, "train": 5400}.
         quarantine: unusable rows by reason.
         seconds: wall seconds by phase, in order.
+        cost: what the run cost.
         config_yaml: the resolved configuration.
         versions: installed packages that results depend on.
         git_commit: commit of the working directory, None outside a repository.
@@ -135,6 +160,7 @@ class ReportData:
     data_counts: Mapping[str, int]
     quarantine: Mapping[str, int]
     seconds: Mapping[str, float]
+    cost: CostFacts | NotMeasured
     config_yaml: str
     versions: Mapping[str, str]
     git_commit: str | None

@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from raylign.report import plots
+from raylign.report.cost_section import cost_section
 from raylign.report.data import NotMeasured, ReportData
 from raylign.report.style import STYLE
 from raylign.report.wording import (
@@ -44,6 +45,7 @@ def render_html(data: ReportData) -> str:
         _section("How far to trust the judges", _judges(data)),
         _section("Data", _data(data)),
         _section("Time", _figure(plots.phase_seconds(data.seconds), "Wall seconds by phase") + _seconds(data)),
+        _section("What it cost", cost_section(data.cost)),
         _section("Reproduce", _reproduce(data)),
     ]
     return (

@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from raylign.config import EMBEDDED, RunConfig, to_yaml
+from raylign.cost.rows import money, read_ledger, total, total_reused, totals
+from raylign.errors import DataError
 from raylign.evaluation.drift import DriftReport
 from raylign.evaluation.judges import SignCheck
 from raylign.evaluation.refusal import RefusalValidation
 from raylign.evaluation.safety import compare_summaries
-from raylign.report.data import ConfidenceFacts, LayerPoint, NotMeasured, ReportData, RewardQuality, report_json
+from raylign.report.data import (
+    ConfidenceFacts,
+    CostFacts,
+    LayerPoint,
+    NotMeasured,
+    ReportData,
+    RewardQuality,
+    report_json,
+)
 from raylign.report.html import render_html
 from raylign.report.model_card import render_model_card
 from raylign.report.wording import comparison_table
 from raylign.runtime.check import method_name
+from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
 from raylign.runtime.phases import ENVIRONMENT_FILE, Run, record_config, versions, write_json
 from raylign.runtime.tracking import read_records, record_summary
@@ -102,10 +113,39 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
         },
         quarantine=ingest["quarantined"],
         seconds=run.seconds,
+        cost=cost_facts(config, run.directory / LEDGER_DIR),
         config_yaml=to_yaml(config),
         versions=versions(),
         git_commit=environment["git_commit"],
         license_note=license_note(config),
+    )
+
+
+def cost_facts(config: RunConfig, ledger: Path) -> CostFacts | NotMeasured:
+    """What a run cost, by its ledger.
+
+    Args:
+        config: of the run, for the prices.
+        ledger: directory.
+    """
+    rows = read_ledger(ledger)
+    if not rows:
+        return NotMeasured(reason="the run kept no ledger")
+    whole = total(rows)
+    price: float | NotMeasured = NotMeasured(reason="no prices are given (cost.prices)")
+    if config.cost.prices is not None:
+        try:
+            price = money(whole.device_s, config.cost.prices)
+        except DataError as error:  # a missing price must not cost the report
+            price = NotMeasured(reason=str(error))
+    return CostFacts(
+        stages=totals(rows, by="stage"),
+        phases=totals(rows, by="phase"),
+        total=whole,
+        reused=total_reused(rows),
+        num_killed=sum(not row.is_finished for row in rows),
+        money=price,
+        currency=config.cost.currency,
     )
 
 

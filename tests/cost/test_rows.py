@@ -74,6 +74,7 @@ def test_entries_side_by_side_cover_time_once_and_devices_twice(tmp_path):
     rows = read(tmp_path)
     assert rows["pool"].cost.device_s == {"cpu": 20 - 12}
     assert rows["pool"].cost.wall_s == 10 - 8
+    assert total(rows.values()).wall_s == 10
     assert total(rows.values()).device_s == {"cpu": 20}
 
 
@@ -136,6 +137,8 @@ def test_totals_by_phase_and_stage(tmp_path):
     assert {name: cost.device_s["cpu"] for name, cost in by_stage.items()} == {"train": 20, "rank": 5}
     assert {name: cost.device_s["cpu"] for name, cost in by_phase.items()} == {"train": 12, "update": 8, "rank": 5}
     assert by_stage["train"].counts.num_items == 2
+    assert {name: cost.wall_s for name, cost in by_stage.items()} == {"train": 10, "rank": 5}
+    assert {name: cost.wall_s for name, cost in by_phase.items()} == {"train": 6, "update": 4, "rank": 5}
     assert list(by_phase) == ["train", "update", "rank"]  # in the order they started
 
 

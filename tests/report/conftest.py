@@ -7,13 +7,22 @@ import dataclasses
 import numpy as np
 import pytest
 
+from raylign.cost.rows import Cost, Counts
 from raylign.evaluation.drift import measure_drift
 from raylign.evaluation.judges import SignCheck
 from raylign.evaluation.refusal import RefusalValidation
 from raylign.evaluation.safety import compare_summaries
-from raylign.report.data import ConfidenceFacts, LayerPoint, ReportData, RewardQuality
+from raylign.report.data import ConfidenceFacts, CostFacts, LayerPoint, ReportData, RewardQuality
 from raylign.types import Completion, Interval
 
+INGEST_COST = Cost(wall_s=4.2, device_s={"cpu": 8.4}, peak_rss_mib=300)
+TRAIN_COST = Cost(
+    wall_s=60.04,
+    device_s={"cpu": 120.08, "H200": 60.04},
+    counts=Counts(num_items=5400, forward_tokens=123_456, backward_tokens=123_456, flops=4_560_000_000_000),
+    peak_rss_mib=900,
+    peak_device_mib=2048,
+)
 EVIL = "</pre><script>alert('http://evil.example/x.js')</script>"
 
 
@@ -71,6 +80,15 @@ def report_data() -> ReportData:
         data_counts={"read": 7000, "train": 5400},
         quarantine={"invalid_json": 3},
         seconds={"ingest": 4.2, "train": 60.04},
+        cost=CostFacts(
+            stages={"ingest": INGEST_COST, "train": TRAIN_COST},
+            phases={"ingest": INGEST_COST, "policy_update": TRAIN_COST},
+            total=INGEST_COST + TRAIN_COST,
+            reused=Cost(device_s={"cpu": 33.0}),
+            num_killed=1,
+            money=0.25,
+            currency="EUR",
+        ),
         config_yaml="train:\n  beta: 0.15\n",
         versions={"ray": "2.60.0"},
         git_commit=None,

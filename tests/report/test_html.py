@@ -111,7 +111,7 @@ def test_a_missing_number_is_said_to_be_missing(page, report_data):
 
 def test_examples_are_collapsed_behind_a_warning(page, html):
     assert "Content warning" in page.text
-    assert page.tags.count("details") == 2 * EXAMPLES_PER_KIND + 2  # and configuration, versions
+    assert page.tags.count("details") == 2 * EXAMPLES_PER_KIND + 3  # and costs, configuration, versions
     assert "open" not in {name for name, _ in page.attributes}
     assert html.index("Content warning") < html.index("harmful prompt 0")
 
