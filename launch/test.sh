@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv with the development extras, then lint, types and tests. Arguments go to pytest.
+# Set up .venv with the development extras and the CPU build of vLLM, then lint, types and tests. Arguments go to pytest.
 set -euo pipefail
-bash "$(dirname "$0")/setup.sh" --extras cpu,wandb,dev,bench
+bash "$(dirname "$0")/setup.sh" --extras cpu,wandb,dev,bench --vllm
 cd "$(dirname "$0")/.."
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
