@@ -1,0 +1,158 @@
+"""The online methods on real vLLM: rounds sampled and trained on, a killed driver, and what is refused.
+
+Real here: Ray Train, a vLLM engine on the CPU, the scorer, the embedded model. Each test that samples starts an engine,
+which takes some twenty seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from raylign.config import load_config
+from raylign.errors import OutputExistsError, ResourceError
+from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.training.rounds import RoundStore
+
+NUM_ROUNDS = 2
+SECTIONS = {
+    "online": {"num_rounds": NUM_ROUNDS, "prompts_per_round": 8, "num_samples": 2},
+    "sampler": {"max_new_tokens": 12, "timeout_s": 120},
+}
+TRAIN = {"batch_size": 4, "checkpoint_every": 1, "log_every": 1, "keep_checkpoints": 9, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def scored(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Pairs and a reward fitted on them, from a few rows of the embedded data."""
+    import raylign
+
+    storage = tmp_path_factory.mktemp("storage")
+    pairs = raylign.ingest("embedded", storage=storage, max_pairs=60)
+    features = raylign.extract_features(pairs, storage=storage)
+    return pairs, raylign.fit_reward(features, folds=2, epochs=1)
+
+
+def run(scored: Any, storage: Path, *, name: str, resume: bool = False, **train: Any) -> ray.train.Result:
+    import raylign
+
+    pairs, reward = scored
+    return raylign.train_online(
+        pairs, reward, name=name, storage=storage, resume=resume, config=SECTIONS, **(TRAIN | train)
+    )
+
+
+def records(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "train", [{"method": "online_dpo"}, {"method": "policy_gradient"}], ids=["online_dpo", "policy_gradient"]
+)
+def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Any, tmp_path: Path, train: dict[str, Any]) -> None:
+    result = run(scored, tmp_path, name="a", **train)
+    directory = tmp_path / "a"
+    lines = records(directory)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    ends = [line for line in lines if "sync/version" in line]
+    assert [line["sync/version"] for line in ends] == [1, 2]
+    assert all(abs(line["sync/probe_kl"]) < 1e-6 for line in ends)
+    store = RoundStore(directory / "rounds")
+    for index in range(NUM_ROUNDS):
+        round_ = store.read(index)
+        assert len(round_.scored) == 16
+        assert {item.rollout.weight_version for item in round_.scored} == {index + 1}
+        assert all(np.isfinite(item.reward) for item in round_.scored)
+    # the first round is sampled by the reference itself, so that its log-probabilities are the sampler's
+    for item in store.read(0).scored:
+        np.testing.assert_allclose(item.rollout.sampler_logps, item.reference_token_logps, atol=2e-4)
+    # the second by the policy after the first, whose checkpoint plain transformers reads
+    policy = AutoModelForCausalLM.from_pretrained(directory / "step_0000002" / "policy").eval()
+    for item in store.read(1).scored[:4]:
+        ids = torch.from_numpy(np.concatenate([item.rollout.prompt_ids, item.rollout.response_ids])).long()
+        with torch.no_grad():
+            logps = policy(input_ids=ids[None]).logits[0, len(item.rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logps.gather(1, ids[len(item.rollout.prompt_ids) :, None])[:, 0].numpy()
+        np.testing.assert_allclose(item.rollout.sampler_logps, expected, atol=2e-4)
+        assert np.abs(item.rollout.sampler_logps - item.reference_token_logps).max() > 1e-3
+    assert result.metrics["step"] == 4
+    with pytest.raises(OutputExistsError, match=r"run\.resume=true"):
+        run(scored, tmp_path, name="a", **train)
+    assert not [actor for actor in ray.util.list_named_actors() if "Sampler" in actor]
+
+
+DRIVER = """
+import sys, ray, raylign
+from raylign.runtime.reward_job import FittedReward
+from pathlib import Path
+storage, resume = sys.argv[1], sys.argv[2] == "resume"
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+pairs = raylign.ingest("embedded", storage=storage, max_pairs=60)
+reward = FittedReward.load(Path(storage) / "reward")
+raylign.train_online(pairs, reward, name="a", storage=storage, resume=resume, config={sections}, **{train})
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_a_killed_driver_goes_on_without_repeating_or_losing_a_round(scored: Any, tmp_path: Path) -> None:
+    """SIGKILL right after the second round was sampled; the resumed run ends with the weights of an unbroken one."""
+    run(scored, tmp_path, name="whole", method="online_dpo")
+    storage = tmp_path / "broken"
+    (storage / "reward").mkdir(parents=True)
+    scored[1].save(storage / "reward")
+    code = DRIVER.replace("{sections}", repr(SECTIONS)).replace("{train}", repr(TRAIN))
+    rounds = storage / "a" / "rounds"
+    driver = start(code, storage, "fresh")
+    wait_for(lambda: (rounds / "round_00002.parquet").exists(), driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = {file.name: (file.stat().st_mtime_ns, digest(file)) for file in rounds.glob("*.parquet")}
+    assert len(before) == 2
+    assert start(code, storage, "resume").wait(timeout=240) == 0
+    after = {file.name: (file.stat().st_mtime_ns, digest(file)) for file in rounds.glob("*.parquet")}
+    assert after == before
+    assert [line["step"] for line in records(storage / "a")] == [1, 2, 3, 4]
+    weights = "step_0000004/policy/model.safetensors"
+    assert digest(storage / "a" / weights) == digest(tmp_path / "whole" / weights)
+
+
+def start(code: str, storage: Path, mode: str) -> subprocess.Popen[bytes]:
+    """A driver with a Ray of its own, in a process group of its own."""
+    return subprocess.Popen([sys.executable, "-c", code, str(storage), mode], start_new_session=True)
+
+
+def wait_for(condition: Any, driver: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert driver.poll() is None, "the driver ended before it was killed"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_too_few_cpus_are_told_with_the_arithmetic() -> None:
+    config = load_config(values={"train": {"method": "online_dpo"}, "sampler": {"num_engines": 4}})
+    with pytest.raises(ResourceError, match=r"1 training worker\(s\) x 1 \+ 4 sampling engine\(s\) x 0\.5 \+ 1 scorer"):
+        check_plan(ResourcePlan.from_config(config), {"CPU": 2})
