@@ -85,6 +85,33 @@ def test_checkpoint_is_a_plain_hf_directory_with_a_card(aligned):
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_the_ledger_prices_every_phase_once(aligned):
+    from raylign.cost.rows import read_ledger, total, totals
+
+    rows = read_ledger(aligned.directory / "ledger")
+    stages, phases = totals(rows), totals(rows, by="phase")
+    assert list(stages) == PHASES
+    for name, seconds in aligned.seconds.items():
+        assert stages[name].wall_s == pytest.approx(seconds, abs=0.2)
+    assert stages["features"].device_s["cpu"] == pytest.approx(2 * stages["features"].wall_s)  # an actor and its reader
+    assert stages["train"].device_s["cpu"] == pytest.approx(stages["train"].wall_s)
+    assert phases["reference_forward"].counts.num_items == 160
+    assert phases["policy_update"].counts.num_items == 4 * 8
+    assert phases["answer"].counts.num_items == 2 * 8
+    assert 0 < phases["answer"].counts.decode_steps <= 2 * 8  # one batch each, of at most 8 tokens
+    reference, update = phases["reference_forward"].counts, phases["policy_update"].counts
+    assert update.backward_tokens == update.forward_tokens < reference.forward_tokens
+    # full training: a backward is two forwards; FLOPs per token differ by the lengths of the pairs alone
+    ratio = (update.flops / update.forward_tokens) / (reference.flops / reference.forward_tokens)
+    assert ratio == pytest.approx(3, rel=0.2)
+    assert all(row.is_finished and not row.error for row in rows)
+    content = json.loads((aligned.directory / "report.json").read_text())["cost"]
+    assert content["total"]["device_s"]["cpu"] == pytest.approx(total(rows).device_s["cpu"])
+    assert content["money"] == {"not_measured": "no prices are given (cost.prices)"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_second_run_reuses_the_features_and_resume_skips_everything(aligned, storage):
     from raylign.runtime.pipeline import align
 
@@ -96,6 +123,11 @@ def test_second_run_reuses_the_features_and_resume_skips_everything(aligned, sto
     other = align(small(storage, "run.name=plain", "train.objective=dpo", "policy.adapter=lora"))
     facts = json.loads((other.directory / "features" / "manifest.json").read_text())["facts"]
     assert facts["is_reused"]
+    first, second = (json.loads((run.directory / "report.json").read_text())["cost"] for run in (again, other))
+    assert first["reused"]["device_s"] == {}
+    spent = {name: first["phases"][name]["device_s"]["cpu"] for name in ("extract", "reference_forward")}
+    assert second["reused"]["device_s"]["cpu"] == pytest.approx(sum(spent.values()))
+    assert "reference_forward" not in second["phases"]
     assert (caches[0] / "manifest.json").stat().st_mtime_ns == made
     assert (other.checkpoint / "adapter_config.json").is_file()
     assert "not measured" in (other.directory / "report.html").read_text()
