@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from raylign.report.compare_facts import derive
+from raylign.report.data import to_plain
 from raylign.types import Method
 
 if TYPE_CHECKING:
+    from raylign.cost.projection import ProjectionSettings
     from raylign.cost.rows import Cost
     from raylign.evaluation.safety import SafetyComparison, SafetySummary
 
@@ -21,11 +24,13 @@ class Point:
         step: updates done.
         comparison: with the policy before training, prompts of all seeds pooled.
         device_s: reserved device-seconds until then, by seed and kind, shared phases included.
+        flops: model FLOPs counted until then, by seed, shared phases included; 0 where none were counted.
     """
 
     step: int
     comparison: SafetyComparison
     device_s: tuple[Mapping[str, float], ...]
+    flops: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,8 @@ class ComparisonResult:
         baseline: method whose cost the others' extra cost is counted from.
         rerank: method whose extra cost is the denominator of the overhead ratio.
         target: violation rate whose cost is looked up.
+        projections: model sizes that FLOPs are projected to.
+        projection_settings: of the refresh that is projected.
     """
 
     name: str
@@ -70,3 +77,17 @@ class ComparisonResult:
     baseline: str
     rerank: str
     target: float
+    projections: tuple[str, ...]
+    projection_settings: ProjectionSettings
+
+
+def comparison_json(result: ComparisonResult) -> dict[str, Any]:
+    """The content of `comparison.json`: the result, and under "derived" what the tables make of it.
+
+    Values that are nan or infinite become null; `NotMeasured` becomes {"not_measured": reason}.
+
+    Raises:
+        ConfigError: a size of `projections` is not known.
+    """
+    content: dict[str, Any] = to_plain(result)
+    return {**content, "derived": to_plain(derive(result))}
