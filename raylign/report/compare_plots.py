@@ -1,0 +1,169 @@
+"""The figures of a comparison: what was reached against what it took, and where the device-seconds went.
+
+A method keeps its colour and marker in all figures. Nothing is drawn for what was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from raylign.report.compare_facts import spread
+from raylign.report.data import NotMeasured
+from raylign.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from raylign.report.compare_data import ComparisonResult, MethodResult, Point
+    from raylign.types import Interval
+
+_COLORS = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "black")
+_MARKERS = "osD^vP*"
+_HATCHES = ("", "//", "..", "xx")
+_PANELS = (
+    ("violation_rate", "Judged unsafe\n(harmful prompts)"),
+    ("attack_success", "Attack success\n(harmful prompts)"),
+    ("over_refusal", "Over-refusal\n(harmless prompts)"),
+)
+_BEFORE, _TARGET = "before training", "target"
+_NARROW = 10.0  # an axis over less than this factor gets numbers between the decades
+
+
+def rates_by_device_seconds(result: ComparisonResult, kind: str) -> Figure:
+    """Safety and over-refusal of every checkpoint against reserved device-seconds of one kind."""
+    return _rates(
+        result,
+        lambda point: [by_kind.get(kind, 0.0) for by_kind in point.device_s],
+        f"reserved device-seconds, {kind} (log scale)",
+    )
+
+
+def rates_by_flops(result: ComparisonResult) -> Figure:
+    """Safety and over-refusal of every checkpoint against model FLOPs."""
+    return _rates(result, lambda point: point.flops, "model FLOPs by formula (log scale)")
+
+
+def _rates(result: ComparisonResult, costs: Callable[[Point], Sequence[float]], label: str) -> Figure:
+    """One panel per rate; lower left is better in all of them.
+
+    Args:
+        result: of the comparison.
+        costs: of a point, one per seed; a point that a seed has for nothing is not drawn.
+        label: of the cost.
+    """
+    drawn = {method.name: [point for point in method.points if min(costs(point)) > 0] for method in result.methods}
+    if not any(drawn.values()):
+        return _empty(f"Against {label}", "no checkpoint was evaluated, or nothing was counted")
+    figure = Figure(figsize=(9.6, 4.4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(_PANELS), sharex=True)
+    for axes, (name, title) in zip(panels, _PANELS, strict=True):
+        for index, method in enumerate(result.methods):
+            points = [(spread(costs(point)), getattr(point.comparison.after, name)) for point in drawn[method.name]]
+            if points:
+                axes.errorbar(
+                    [cost.mean for cost, _ in points],
+                    [rate.mean for _, rate in points],
+                    xerr=np.array([(c.mean - c.low, c.high - c.mean) for c, _ in points]).T.clip(min=0),
+                    yerr=_error([rate for _, rate in points]),
+                    fmt=_MARKERS[index % len(_MARKERS)] + "-",
+                    color=_COLORS[index % len(_COLORS)],
+                    ms=6,
+                    lw=1,
+                    elinewidth=1,
+                    capsize=3,
+                    label=method.name,
+                )
+        before: Interval = getattr(result.before, name)
+        axes.axhspan(before.low, before.high, color=GREY, alpha=0.15, lw=0)
+        axes.axhline(before.mean, color=GREY, ls="--", lw=1, label=_BEFORE)
+        if name == "violation_rate":
+            axes.axhline(result.target, color="black", ls=":", lw=1, label=_TARGET)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="y", color="#e6e9ee", lw=0.8)
+        axes.set_axisbelow(True)
+    reached = [cost for name in drawn for point in drawn[name] for cost in costs(point)]
+    _number_log_axis(panels, min(reached), max(reached))
+    panels[len(panels) // 2].set_xlabel(label)
+    panels[0].set_ylabel("share of prompts, 95 % interval")
+    figure.suptitle("Lower left is better in every panel", fontsize=11)
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def _number_log_axis(panels: Sequence[Axes], low: float, high: float) -> None:
+    """Limits with a margin, and at least a few readable numbers."""
+    for axes in panels:
+        axes.set_xlim(low / 1.25, high * 1.25)
+        if high / low < _NARROW:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high / low < 5 else (1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelsize=8)
+
+
+def phase_bars(methods: Sequence[MethodResult], phases: Mapping[str, Sequence[float]], kind: str) -> Figure:
+    """Device-seconds of one run by ledger phase, stacked, a bar per method.
+
+    Args:
+        methods: in order.
+        phases: mean device-seconds by phase, one number per method.
+        kind: of devices.
+    """
+    if not phases:
+        return _empty(f"Device-seconds by phase, {kind}", "the ledger has no entry")
+    figure = Figure(figsize=(9.6, 1.9 + 0.45 * len(methods) + 0.2 * (len(phases) // 5)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    names = [method.name for method in methods]
+    left = np.zeros(len(methods))
+    for index, (phase, means) in enumerate(phases.items()):
+        axes.barh(
+            names,
+            means,
+            left=left,
+            height=0.62,
+            color=_COLORS[index % (len(_COLORS) - 1)],
+            hatch=_HATCHES[index // (len(_COLORS) - 1) % len(_HATCHES)],
+            edgecolor="white",
+            label=phase,
+        )
+        left += np.asarray(means)
+    for name, total in zip(names, left, strict=True):
+        axes.annotate(
+            f"{total:,.0f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axes.set_xlim(0, 1.1 * float(left.max()))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"reserved device-seconds of one run, {kind} (mean over seeds)")
+    axes.set_title("Where the device-seconds went, by ledger phase")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def _empty(title: str, reason: str) -> Figure:
+    figure = Figure(figsize=(7.0, 1.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_title(title)
+    axes.text(0.5, 0.5, str(NotMeasured(reason=reason)), ha="center", va="center", transform=axes.transAxes)
+    return figure
+
+
+def _error(intervals: Sequence[Interval]) -> np.ndarray:
+    """Distances from the mean to both ends, shape (2, N)."""
+    return np.array([[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]).clip(min=0)
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend outside the axes, methods before lines."""
+    handles, labels = axes.get_legend_handles_labels()
+    entries = sorted(zip(labels, handles, strict=True), key=lambda entry: entry[0] in (_BEFORE, _TARGET))
+    labels, handles = [label for label, _ in entries], [handle for _, handle in entries]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
