@@ -36,22 +36,23 @@ def submodules(*packages: str) -> list[str]:
 
 
 def test_pure_layers_load_no_framework():
-    modules = [*submodules("losses", "rewards"), "raylign.types", "raylign.errors"]
+    modules = [*submodules("losses", "rewards"), "raylign.types", "raylign.errors", "raylign.cost.flops"]
     assert len(modules) > 6
     assert loaded_after(*modules) <= {"torch"}
 
 
 def test_config_types_and_cli_load_neither_torch_nor_ray():
-    assert loaded_after("raylign", "raylign.types", "raylign.errors", "raylign.config", "launch.cli") == set()
+    modules = ("raylign", "raylign.types", "raylign.errors", "raylign.config", "raylign.compare_config", "launch.cli")
+    assert loaded_after(*modules) == set()
 
 
 def test_only_runtime_loads_ray():
-    modules = submodules("data", "models", "training", "evaluation", "report")
+    modules = submodules("data", "models", "training", "evaluation", "report", "cost")
     assert len(modules) > 15
     assert not loaded_after(*modules) & {"ray", "vllm", "wandb"}
 
 
-@pytest.mark.parametrize("package", ["data", "losses", "rewards", "models", "training", "evaluation", "report"])
+@pytest.mark.parametrize("package", ["data", "losses", "rewards", "models", "training", "evaluation", "report", "cost"])
 def test_lower_layers_do_not_name_upper_ones(package):
     """Also catches imports inside functions, which the process tests above cannot see."""
     upper = ("ray", "vllm", "wandb", "tuning", "launch", "raylign.runtime")
