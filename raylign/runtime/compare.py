@@ -14,6 +14,7 @@ import torch
 
 from raylign.compare_config import Comparison, Trial
 from raylign.config import RunConfig, check_devices
+from raylign.cost.projection import ProjectionSettings
 from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
 from raylign.errors import OutputExistsError
 from raylign.evaluation.safety import compare_summaries, summarise
@@ -35,6 +36,8 @@ from raylign.runtime.reward_job import make_reward_scorer
 from raylign.types import Completion
 
 SHARED = "shared"
+# What larger models are projected at: the sizes of the experiment of arXiv:2503.10093.
+PROJECTED = ProjectionSettings(num_prompts=4000, num_samples=8, prompt_tokens=30, response_tokens=256, num_pairs=1600)
 BEFORE = "before"
 _CHECKPOINT_STATE = "trainer_state/state.json"
 
@@ -210,8 +213,12 @@ def _collect(
                     seed=comparison.base.run.seed,
                 ),
                 device_s=tuple(
-                    device_seconds_until(rows, _written_at(trained[trial].directory / "train", step))
-                    for trial, rows in zip(trials, runs, strict=True)
+                    device_seconds_until(rows, moment)
+                    for rows, moment in zip(runs, _written_at(trials, trained, step), strict=True)
+                ),
+                flops=tuple(
+                    flops_until(rows, moment)
+                    for rows, moment in zip(runs, _written_at(trials, trained, step), strict=True)
                 ),
             )
             for step in steps
@@ -234,6 +241,8 @@ def _collect(
         baseline=comparison.compare.baseline,
         rerank=comparison.compare.rerank,
         target=comparison.compare.target,
+        projections=tuple(comparison.compare.projections),
+        projection_settings=PROJECTED,
     )
 
 
@@ -263,5 +272,17 @@ def device_seconds_until(rows: Sequence[LedgerRow], moment: float) -> dict[str, 
     return spent
 
 
-def _written_at(training: Path, step: int) -> float:
-    return (checkpoints(training)[step] / _CHECKPOINT_STATE).stat().st_mtime
+def flops_until(rows: Sequence[LedgerRow], moment: float) -> int:
+    """Model FLOPs counted up to a moment; an entry that was open then counts by its share of time."""
+    spent = 0.0
+    for row in rows:
+        elapsed = max(0.0, moment - row.started_at)
+        share = min(1.0, elapsed / row.wall_s) if row.wall_s else float(elapsed > 0)
+        spent += share * row.cost.counts.flops + (row.reused.counts.flops if row.reused is not None else 0)
+    return round(spent)
+
+
+def _written_at(trials: Sequence[Trial], trained: Mapping[Trial, Run], step: int) -> list[float]:
+    """When the checkpoint of each trial was finished, seconds since 1970."""
+    directories = (checkpoints(trained[trial].directory / "train")[step] for trial in trials)
+    return [(directory / _CHECKPOINT_STATE).stat().st_mtime for directory in directories]
