@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table, write_pairs
 
 from raylign.config import RunConfig, load_config
+from raylign.cost.rows import read_ledger, total
 from raylign.errors import (
     CheckpointError,
     ConfigError,
@@ -157,9 +158,13 @@ def test_a_killed_worker_costs_no_bit(
     assert (tmp_path / "train" / "updates").read_text() == "0 1 2 3 4 3 4 5 6 7 8 9 "
     assert_bitwise(weights(result), uninterrupted[0])
     assert records(tmp_path) == uninterrupted[1]
+    rows = read_ledger(tmp_path / "train" / "ledger")
+    assert {row.phase for row in rows} == {"policy_update"}
+    [killed] = [row for row in rows if not row.is_finished]  # the last update of the first epoch, and the deadly one
+    assert killed.cost.counts.num_items in (0, 2)  # whether the ledger said so before the kill
+    assert total(rows).counts.num_items == NUM_PAIRS + (4 + 2) + NUM_PAIRS - (2 - killed.cost.counts.num_items)
 
 
-@pytest.mark.slow
 def test_a_worker_that_always_dies_is_explained(
     ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
 ) -> None:
