@@ -62,6 +62,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
         check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _nodes())
     shared_config = _renamed(base, storage=directory, name=SHARED)
     shared = Phases(shared_config, _open(shared_config), model)
+    devices = shared.run.devices["evaluate"]
+    shared.run.devices = {**shared.run.devices, **{_evaluation(seed): devices for seed in comparison.compare.seeds}}
     ingest, ingest_facts = shared.ingest()
     features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = shared.reward(features, features_digest)
@@ -172,14 +174,18 @@ def _evaluate(
     }
 
     def work(directory: Path) -> dict[str, Any]:
-        evaluations = evaluate_models(
-            models, config=config, seed=seed, options=actor_options(comparison.base), make_reward_fn=make_reward_fn
-        )
+        options = dataclasses.replace(actor_options(comparison.base), ledger=shared.ledger)
+        evaluations = evaluate_models(models, config=config, seed=seed, options=options, make_reward_fn=make_reward_fn)
         save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
         return {"judge": dataclasses.asdict(next(iter(evaluations.values())).judge)}
 
-    directory, _ = shared.run.phase(f"evaluate-seed{seed}", key, work)
+    directory, _ = shared.run.phase(_evaluation(seed), key, work)
     return load_completions(directory / COMPLETIONS_FILE)
+
+
+def _evaluation(seed: int) -> str:
+    """Name of the phase that evaluates one seed."""
+    return f"evaluate-seed{seed}"
 
 
 def point_name(method: str, step: int) -> str:

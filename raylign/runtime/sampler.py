@@ -18,7 +18,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylign.config import RunConfig
-from raylign.errors import RaylignError, ResourceError, SamplerError
+from raylign.errors import RaylignError, ResourceError, SamplerError, StaleWeightsError
 from raylign.runtime.sampler_engine import (
     EngineFacts,
     EngineNotStartedError,
@@ -162,7 +162,11 @@ class SamplerPool:
             dict.fromkeys(range(len(self._engines)), 0),
             restores=False,
         )
-        differences = [self._check(engine, last, report) for engine, report in sorted(reports.items())]
+        try:
+            differences = [self._check(engine, last, report) for engine, report in sorted(reports.items())]
+        except StaleWeightsError:
+            self._last = None  # the engines' version is now another than the pool's, which keeps them from sampling
+            raise
         return SyncReport(
             version=update.version,
             seconds=time.monotonic() - start,

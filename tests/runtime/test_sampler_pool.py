@@ -212,6 +212,8 @@ def test_an_engine_that_received_something_else_stops_the_run(start):
     pool = start("corrupt")
     with pytest.raises(StaleWeightsError, match="engine 0 on node fake, weights version 1: tensor w has checksum"):
         pool.sync(update(1, 0.5))
+    with pytest.raises(StaleWeightsError, match="holds 1, asked 0"):
+        pool.generate(requests())
 
 
 def test_errors_of_raylign_come_through_without_a_restart(start):

@@ -118,11 +118,11 @@ def test_number_types_have_tolerances_of_their_own():
 
 
 def test_probe_differences_by_hand():
-    difference = compare_probe(np.log([0.5, 0.2]), np.log([0.25, 0.4]))
-    assert difference.mean == pytest.approx(np.log(2))
-    assert difference.largest == pytest.approx(np.log(2))
-    # exp(d) - 1 - d with d = log 2 and -log 2
-    assert difference.kl == pytest.approx(((2 - 1 - np.log(2)) + (0.5 - 1 + np.log(2))) / 2)
+    difference = compare_probe(np.log([0.5, 0.1]), np.log([0.25, 0.4]))
+    assert difference.mean == pytest.approx(1.5 * np.log(2))
+    assert difference.largest == pytest.approx(2 * np.log(2))
+    # exp(d) - 1 - d with d = log 2 and d = -log 4
+    assert difference.kl == pytest.approx(((2 - 1 - np.log(2)) + (0.25 - 1 + np.log(4))) / 2)
 
 
 def test_a_probe_needs_one_log_probability_less_than_tokens():
