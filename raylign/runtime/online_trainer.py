@@ -17,6 +17,7 @@ from raylign.cost.ledger import Ledger
 from raylign.errors import ResourceError, SamplerError
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.identity import base_model_name, run_identity
 from raylign.runtime.online_worker import OnlineTask, online_worker, round_schedule
 from raylign.runtime.phases import write_json
 from raylign.runtime.prompts import read_prompts, write_prompts
@@ -24,7 +25,6 @@ from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.sampler import SamplerPool
 from raylign.runtime.scorer import ResponseScorer
-from raylign.runtime.train_worker import base_model_name, run_identity
 from raylign.runtime.trainer import METRICS_FILE, check_resume, fit_workers, reward_directory, store_reward
 
 if TYPE_CHECKING:

@@ -24,15 +24,9 @@ from raylign.cost.ledger import Entry, measured
 from raylign.cost.shapes import forward_flops
 from raylign.errors import RaylignError, SamplerError, TrainingError
 from raylign.runtime.prompts import read_prompts
+from raylign.runtime.reporter import Reporter
 from raylign.runtime.sampler import SamplerPool
-from raylign.runtime.train_worker import (
-    Reporter,
-    WorkerTask,
-    final_error,
-    load_policy_forward,
-    start_worker,
-    update_costs,
-)
+from raylign.runtime.train_worker import WorkerTask, final_error, load_policy_forward, start_worker, update_costs
 from raylign.runtime.weight_sync import Probe, SyncReport, WeightUpdate
 from raylign.types import Rollout, SampleRequest, ScoredRollout, TokenizedPair
 

@@ -33,12 +33,12 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import features_key, read_cost, read_features, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint, source_state
+from raylign.runtime.identity import method_identity
 from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import FittedReward, confidence_facts, fit_reward, make_reward_scorer, rank_pairs
 from raylign.runtime.tracking import track_run
-from raylign.runtime.train_worker import method_identity
 from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
 

@@ -5,8 +5,6 @@ Everything that computes lives in `raylign.training`; this file connects it to R
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray.train
 
-from raylign.config import EMBEDDED, RunConfig, idle_keys
+from raylign.config import RunConfig
 from raylign.cost.ledger import Ledger
 from raylign.errors import RaylignError, TrainingError
+from raylign.runtime.reporter import Reporter
 
 if TYPE_CHECKING:
     from raylign.models.forward import PolicyForward
@@ -28,32 +27,6 @@ if TYPE_CHECKING:
     from raylign.training.world import World
 
 PAIRS = "pairs"  # the entry of a checkpoint's identity that only workers can tell
-
-# Settings that may change between a run and its continuation: they move cost and floating-point order, not the method.
-FREE_KEYS = frozenset(
-    {
-        "policy.model",  # its fingerprint counts, not its path
-        "policy.gradient_checkpointing",
-        "policy.trust_remote_code",
-        "train.batch_tokens",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.max_failures",
-        "train.parallel",
-        "sampler.num_engines",
-        "sampler.cpus_per_engine",
-        "sampler.gpus_per_engine",
-        "sampler.scorer_cpus",
-        "sampler.scorer_gpus",
-        "sampler.cache_mib",
-        "sampler.gpu_memory_utilization",
-        "sampler.enforce_eager",
-        "sampler.start_timeout_s",
-        "sampler.timeout_s",
-        "sampler.max_restarts",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,21 +241,6 @@ def load_policy_forward(
     return PolicyForward(model, autocast_dtype=autocast, num_values=num_values)
 
 
-def base_model_name(name: str, path: str) -> str | None:
-    """What an adapter calls its base: the hub id, which means the same on every machine, or the directory.
-
-    None for a model that is an adapter itself, which has a base already.
-
-    Args:
-        name: policy.model as configured.
-        path: directory that it was resolved to.
-    """
-    if (Path(path) / "adapter_config.json").is_file():
-        return None
-    is_directory = name == EMBEDDED or Path(name).expanduser().is_dir()
-    return path if is_directory else name
-
-
 def build_live_confidence(
     task: WorkerTask, table: PairTable, packing: Packing, world: World, *, num_layers: int
 ) -> LiveConfidence | None:
@@ -328,40 +286,6 @@ def build_live_confidence(
     )
 
 
-def run_identity(config: RunConfig, *, model: str | Path, reward: str | Path | None) -> dict[str, Any]:
-    """What a checkpoint belongs to, the pairs apart: everything that decides the weights, by dotted config key.
-
-    Args:
-        config: of the run.
-        model: directory of the policy before training; its bytes count.
-        reward: directory of the reward phase, or None.
-    """
-    from raylign.models.loading import model_fingerprint
-
-    heads = {} if reward is None else {"heads": model_fingerprint(reward)}
-    return method_identity(config) | heads | {"model": model_fingerprint(model)}
-
-
-def method_identity(config: RunConfig) -> dict[str, Any]:
-    """The part of `run_identity` that the configuration alone tells, by dotted key; reads no file.
-
-    Args:
-        config: of the run; keys that its method does not read and `FREE_KEYS` are left out.
-    """
-    is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
-    # keys of sections that the method does not read are idle
-    sections = ["policy", "train", "online", "sampler", "policy_gradient", "confidence"]
-    sections += ["reward", "features"] if is_live else []
-    idle = idle_keys(config)
-    keys = {
-        f"{section}.{name}": value
-        for section in sections
-        for name, value in getattr(config, section).model_dump().items()
-        if f"{section}.{name}" not in idle and f"{section}.{name}" not in FREE_KEYS
-    }
-    return keys | {"run.seed": config.run.seed}
-
-
 def _world(config: RunConfig) -> World:
     import torch
     from ray.train.torch import get_device
@@ -371,64 +295,3 @@ def _world(config: RunConfig) -> World:
     context = ray.train.get_context()
     device = get_device() if config.resources.gpus_per_worker else torch.device("cpu")
     return World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
-
-
-class Reporter:
-    """Hands records to the metrics file and checkpoints to Ray.
-
-    Args:
-        task: from the driver.
-        world: this worker.
-        identity: that checkpoints are marked with.
-    """
-
-    def __init__(self, task: WorkerTask, world: World, identity: dict[str, Any]) -> None:
-        from raylign.models.loading import load_tokenizer
-
-        self._file = Path(task.metrics)
-        self._world = world
-        self._identity = identity
-        self._base = task.base
-        self._tokenizer = load_tokenizer(task.model, trust_remote_code=task.config.policy.trust_remote_code)
-
-    def start(self, update: int) -> None:
-        """Drop records of updates that will be done again."""
-        if self._world.rank != 0:
-            return
-        kept = [line for line in _whole_lines(self._file) if json.loads(line)["step"] <= update]
-        temporary = self._file.with_name(f".{self._file.name}.new")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._file)
-
-    def record(self, record: dict[str, float]) -> None:
-        """Append one line."""
-        if self._world.rank == 0:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-
-    def checkpoint(self, state: TrainerState, record: dict[str, float]) -> None:
-        """Save on the first worker and report on all: a barrier."""
-        from raylign.training.state import save_checkpoint
-
-        with tempfile.TemporaryDirectory() as scratch:
-            directory = Path(scratch)
-            save_checkpoint(
-                directory,
-                state,
-                tokenizer=self._tokenizer,
-                identity=self._identity,
-                base=self._base,
-                world=self._world,
-            )
-            ray.train.report(
-                {**record, "step": state.update},
-                checkpoint=ray.train.Checkpoint.from_directory(directory) if self._world.rank == 0 else None,
-                checkpoint_dir_name=f"step_{state.update:07d}",
-            )
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """Complete lines; a worker may have died while writing the last one."""
-    if not file.exists():
-        return []
-    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -128,7 +128,8 @@ def train_on_two(model_dir: Path, output: Path, values: dict[str, Any], start: P
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (str(model_dir), str(output), values)
-    mp.spawn(_start_from, args=(port, arguments, str(output), None if start is None else str(start)), nprocs=2, daemon=True)
+    start_name = None if start is None else str(start)
+    mp.spawn(_start_from, args=(port, arguments, str(output), start_name), nprocs=2, daemon=True)
     return [torch.load(output / f"records_{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,0 +1,83 @@
+"""What a checkpoint belongs to, so that a run is only ever continued by the run that it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raylign.config import EMBEDDED, RunConfig, idle_keys
+
+# Settings that may change between a run and its continuation: they move cost and floating-point order, not the method.
+FREE_KEYS = frozenset(
+    {
+        "policy.model",  # its fingerprint counts, not its path
+        "policy.gradient_checkpointing",
+        "policy.trust_remote_code",
+        "train.batch_tokens",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.max_failures",
+        "train.parallel",
+        "sampler.num_engines",
+        "sampler.cpus_per_engine",
+        "sampler.gpus_per_engine",
+        "sampler.scorer_cpus",
+        "sampler.scorer_gpus",
+        "sampler.cache_mib",
+        "sampler.gpu_memory_utilization",
+        "sampler.enforce_eager",
+        "sampler.start_timeout_s",
+        "sampler.timeout_s",
+        "sampler.max_restarts",
+    }
+)
+
+
+def run_identity(config: RunConfig, *, model: str | Path, reward: str | Path | None) -> dict[str, Any]:
+    """What a checkpoint belongs to, the pairs apart: everything that decides the weights, by dotted config key.
+
+    Args:
+        config: of the run.
+        model: directory of the policy before training; its bytes count.
+        reward: directory of the reward phase, or None.
+    """
+    from raylign.models.loading import model_fingerprint
+
+    heads = {} if reward is None else {"heads": model_fingerprint(reward)}
+    return method_identity(config) | heads | {"model": model_fingerprint(model)}
+
+
+def method_identity(config: RunConfig) -> dict[str, Any]:
+    """The part of `run_identity` that the configuration alone tells, by dotted key; reads no file.
+
+    Args:
+        config: of the run; keys that its method does not read and `FREE_KEYS` are left out.
+    """
+    is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
+    # keys of sections that the method does not read are idle
+    sections = ["policy", "train", "online", "sampler", "policy_gradient", "confidence"]
+    sections += ["reward", "features"] if is_live else []
+    idle = idle_keys(config)
+    keys = {
+        f"{section}.{name}": value
+        for section in sections
+        for name, value in getattr(config, section).model_dump().items()
+        if f"{section}.{name}" not in idle and f"{section}.{name}" not in FREE_KEYS
+    }
+    return keys | {"run.seed": config.run.seed}
+
+
+def base_model_name(name: str, path: str) -> str | None:
+    """What an adapter calls its base: the hub id, which means the same on every machine, or the directory.
+
+    None for a model that is an adapter itself, which has a base already.
+
+    Args:
+        name: policy.model as configured.
+        path: directory that it was resolved to.
+    """
+    if (Path(path) / "adapter_config.json").is_file():
+        return None
+    is_directory = name == EMBEDDED or Path(name).expanduser().is_dir()
+    return path if is_directory else name
