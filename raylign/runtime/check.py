@@ -50,12 +50,17 @@ def check_config(config: RunConfig) -> list[str]:
         raise ModelError(
             f"evaluate.judge={config.evaluate.judge} is neither a model directory nor a hub id such as org/name"
         )
+    sampled = config.online.num_rounds * config.online.prompts_per_round * config.online.num_samples
+    sampler = (
+        f"{config.sampler.num_engines} engine(s), {sampled} responses of up to {config.sampler.max_new_tokens} tokens"
+    )
     return [
         f"model    {model} ({len(tokenizer)} tokens, chat template found, {architecture.model_type}, layout {layout})",
         f"features layers {', '.join(map(str, layers))}",
         f"data     {len(files)} file(s), first {files[0]}",
         f"prompts  {len(prompts)} ({sum(p.harmful for p in prompts)} harmful)",
         f"method   {method_name(config)}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
+        *([f"sampler  {sampler}"] if config.train.method != "offline" else []),
     ]
 
 
