@@ -208,9 +208,9 @@ class SamplerEngine:
                 received, not_loaded = self._load_weights(buckets)
             else:
                 received, not_loaded = self._load_adapter(header, buckets), ()
-        except RaylignError:
-            raise
         except Exception as error:
+            if isinstance(error, RaylignError):
+                raise
             raise SamplerError(f"vLLM cannot load weights version {header.version}: {_reason(error)}") from error
         # cached keys and values belong to the old weights
         if not self._llm.reset_prefix_cache():
@@ -308,8 +308,12 @@ def _llm_arguments(settings: EngineSettings, dtype: str) -> dict[str, Any]:
             "gpu_memory_utilization": settings.gpu_memory_utilization,
         }
     else:
-        # without it the cache is sized from the memory of the machine
-        arguments["kv_cache_memory_bytes"] = settings.cache_mib * 2**20
+        arguments |= {
+            # without it the cache is sized from the memory of the machine
+            "kv_cache_memory_bytes": settings.cache_mib * 2**20,
+            # vLLM rewinds the random stream of a response whose prompt it has cut in two, which no CPU generator can
+            "enable_chunked_prefill": False,
+        }
     if settings.lora_rank is not None:
         rank = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), None)
         if rank is None:
@@ -368,11 +372,9 @@ def _token_logps(flat: Any, token_ids: Sequence[int] | np.ndarray) -> np.ndarray
 
 
 def _fetch(reference: Any) -> Bucket:
-    if isinstance(reference, Bucket):
-        return reference
     import ray
 
-    bucket: Bucket = ray.get(reference)
+    bucket: Bucket = reference if isinstance(reference, Bucket) else ray.get(reference)
     return bucket
 
 
