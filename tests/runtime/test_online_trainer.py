@@ -91,7 +91,10 @@ def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Any, tmp_pat
     assert result.metrics["step"] == 4
     with pytest.raises(OutputExistsError, match=r"run\.resume=true"):
         run(scored, tmp_path, name="a")
-    assert not [actor for actor in ray.util.list_named_actors() if "Sampler" in actor]
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:  # engine, scorer and worker are gone
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)
 
 
 DRIVER = """
