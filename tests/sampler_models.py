@@ -28,10 +28,10 @@ from raylign.types import SampleRequest
 
 VOCABULARY = 320
 ENDS = (2, 9)  # the tokenizer's <eos>, and one that only generation_config.json names
-BLOCK = 128  # tokens of a block of vLLM's cache on CPUs
+BLOCK = 32  # tokens of a block of the engine's cache on CPUs
 MAX_NEW = 12
 NEAR_TIE = 1e-3  # difference of two logits that rounding can turn; other weights move logits by about 1
-PROMPT_LENGTHS = (3, 40, BLOCK - 1, BLOCK, BLOCK + 9, 2 * BLOCK + 30)
+PROMPT_LENGTHS = (3, 20, BLOCK - 1, BLOCK, 4 * BLOCK + 9, 9 * BLOCK)
 
 # vLLM, and the torch that it compiles with, warn of their own deprecations.
 VLLM = [
@@ -52,7 +52,7 @@ def settings(path: Path | str, **changes: Any) -> EngineSettings:
         temperature=0.0,
         top_p=1.0,
         num_gpus=0,
-        cache_mib=1,  # sixteen blocks, so that responses wait for each other and are preempted
+        cache_mib=1,  # 64 blocks, so that responses wait for each other and are preempted
         gpu_memory_utilization=0.5,
         enforce_eager=True,
     )
@@ -157,7 +157,7 @@ def sync(
     damage: Callable[[list[Bucket]], None] | None = None,
 ) -> ProbeDifference:
     """What the pool does for one engine; `damage` changes the buckets on their way."""
-    ids = np.concatenate(prompts(seed=9))[: BLOCK + 40]
+    ids = np.concatenate(prompts(seed=9))[:170]
     probe = Probe(token_ids=tuple(ids.tolist()), token_logps=token_logps(model, ids))
     buckets = list(pack_buckets(weights, max_bytes))
     if damage is not None:

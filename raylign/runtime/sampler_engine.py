@@ -212,8 +212,7 @@ class SamplerEngine:
             if isinstance(error, RaylignError):
                 raise
             raise SamplerError(f"vLLM cannot load weights version {header.version}: {_reason(error)}") from error
-        # cached keys and values belong to the old weights
-        if not self._llm.reset_prefix_cache():
+        if not self._llm.reset_prefix_cache():  # keys and values of the old weights
             raise SamplerError(f"vLLM kept its prefix cache at weights version {header.version}: requests are running")
         probe_logps = self._probe(header.probe_ids)
         self._version = header.version
@@ -311,8 +310,10 @@ def _llm_arguments(settings: EngineSettings, dtype: str) -> dict[str, Any]:
         arguments |= {
             # without it the cache is sized from the memory of the machine
             "kv_cache_memory_bytes": settings.cache_mib * 2**20,
-            # vLLM rewinds the random stream of a response whose prompt it has cut in two, which no CPU generator can
+            # vLLM rewinds the random stream of a response whose prompt it cuts in two, which no CPU generator can do
             "enable_chunked_prefill": False,
+            # with vLLM's own 128 a small cache holds fewer responses: 12 % fewer tokens per second were measured
+            "block_size": 32,
         }
     if settings.lora_rank is not None:
         rank = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), None)
@@ -396,5 +397,4 @@ def _plain(value: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
