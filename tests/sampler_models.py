@@ -52,7 +52,7 @@ def settings(path: Path | str, **changes: Any) -> EngineSettings:
         temperature=0.0,
         top_p=1.0,
         num_gpus=0,
-        cache_mib=1,  # 64 blocks, so that responses wait for each other and are preempted
+        cache_mib=4,  # 8,192 tokens, so that responses wait for each other and are preempted
         gpu_memory_utilization=0.5,
         enforce_eager=True,
     )
