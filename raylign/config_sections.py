@@ -183,7 +183,7 @@ class SamplerSection(Section):
     gpus_per_engine: int = Field(0, ge=0, description="GPUs of one engine actor, its tensor-parallel size; 0 is CPU")
     scorer_cpus: float = Field(0.5, gt=0, description="CPUs of the actor that scores responses with the reference")
     scorer_gpus: float = Field(0, ge=0, description="GPUs of that actor, fractions allowed")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    temperature: float = Field(1.0, ge=0.01, le=2, description="sampling temperature, within what vLLM takes")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; policy gradients need 1")
     max_new_tokens: int = Field(64, ge=1, description="length limit of a response")
     cache_mib: int = Field(64, ge=1, description="key-value cache of an engine on CPUs")
