@@ -333,14 +333,21 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def check_devices(config: RunConfig) -> None:
-    """Refuse a whole run whose features and training would compute in different number types.
+    """Refuse a whole run whose parts would compute in different number types.
 
     Raises:
-        ConfigError: one runs on GPUs, the other does not, and the type is left to each.
+        ConfigError: some run on GPUs, some do not, and the type is left to each.
     """
-    is_mixed = (config.features.gpus_per_actor > 0) != (config.resources.gpus_per_worker > 0)
-    if is_mixed and config.policy.dtype == "auto":
+    sampler = config.sampler
+    gpus = {
+        "features.gpus_per_actor": config.features.gpus_per_actor,
+        "resources.gpus_per_worker": config.resources.gpus_per_worker,
+    }
+    if config.train.method != "offline":
+        gpus |= {"sampler.gpus_per_engine": sampler.gpus_per_engine, "sampler.scorer_gpus": sampler.scorer_gpus}
+    if len({number > 0 for number in gpus.values()}) > 1 and config.policy.dtype == "auto":
+        shown = ", ".join(f"{key}={number:g}" for key, number in gpus.items())
         raise ConfigError(
-            "features and training run on different devices (features.gpus_per_actor, resources.gpus_per_worker), "
-            "where policy.dtype=auto would mean two number types; set policy.dtype=float32 or bfloat16"
+            f"parts of the run are on different devices ({shown}), where policy.dtype=auto would mean two number "
+            "types; set policy.dtype=float32 or bfloat16"
         )

@@ -49,6 +49,7 @@ class Entry:
         self.id = secrets.token_hex(8)
         self._started = started
         self._counts = Counts()
+        self._peaks = (0.0, 0.0)
         self._lock = threading.Lock()
 
     def add(self, **counts: int) -> None:
@@ -60,13 +61,18 @@ class Entry:
         with self._lock:
             self._counts += Counts(**counts)
 
+    def saw_peak(self, rss_mib: float, device_mib: float = 0.0) -> None:
+        """Tell of the largest memory of another process that worked for this entry; the writer's own is known."""
+        with self._lock:
+            self._peaks = max(self._peaks[0], rss_mib), max(self._peaks[1], device_mib)
+
     def state(self) -> dict[str, Any]:
         """How far the entry is, JSON-like."""
         return {
             "wall_s": time.monotonic() - self._started,
             "counts": {name: value for name, value in asdict(self._counts).items() if value},
-            "peak_rss_mib": _peak_rss_mib(),
-            "peak_device_mib": _peak_device_mib(),
+            "peak_rss_mib": max(peak_rss_mib(), self._peaks[0]),
+            "peak_device_mib": max(peak_device_mib(), self._peaks[1]),
         }
 
 
@@ -226,12 +232,14 @@ def _beat(reference: weakref.ref[_Writer]) -> None:
         del writer  # or it would never be collected
 
 
-def _peak_rss_mib() -> float:
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process since its start."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def _peak_device_mib() -> float:
+def peak_device_mib() -> float:
+    """Largest device memory that torch held in this process since its start; 0 without a device."""
     torch = sys.modules.get("torch")  # the ledger does not load it; without it there is no device memory
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return 0.0

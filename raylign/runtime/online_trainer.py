@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +13,15 @@ import ray
 import ray.exceptions
 import ray.train
 
-from raylign.config import RunConfig
+from raylign.config import RunConfig, check_devices
 from raylign.cost.ledger import Ledger
-from raylign.errors import ResourceError, SamplerError
+from raylign.errors import CheckpointError, DataError, OutputExistsError, ResourceError, SamplerError
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.identity import base_model_name, run_identity
 from raylign.runtime.online_worker import OnlineTask, online_worker, round_schedule
 from raylign.runtime.phases import write_json
-from raylign.runtime.prompts import read_prompts, write_prompts
+from raylign.runtime.prompts import collect_prompts, prompts_fingerprint, write_prompts
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.sampler import SamplerPool
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PROMPTS_FILE = "prompts.parquet"
 ROUNDS_DIR = "rounds"
-_PROMPTS = "prompts"  # the entry of a checkpoint's identity that only workers can tell
+IDENTITY_FILE = "identity.json"
 
 
 def run_online(
@@ -76,23 +77,27 @@ def run_online(
         StaleWeightsError: an engine does not hold the trainer's weights.
         TrainingError: the loss is not finite, or workers failed more than `train.max_failures` times.
     """
+    check_devices(config)
     plan = ResourcePlan.from_config(config)
     check_plan(plan, ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     directory = Path(storage_path).expanduser().absolute() / name
     model = str(Path(model_path).absolute())
+    prompts, counts = collect_prompts(pairs, max_prompt_tokens=_prompt_room(config, model))
     with reward_directory(heads) as found:
-        identity = run_identity(config, model=model, reward=found)
-    check_resume(directory, config, identity, unknown=[_PROMPTS])
+        assert found is not None
+        _check_layers(found, layers)
+        identity = run_identity(config, model=model, reward=found) | {"prompts": prompts_fingerprint(prompts)}
+    check_resume(directory, config, identity, unknown=())
+    _check_start(directory, config, identity)
     directory.mkdir(parents=True, exist_ok=True)
     reward = store_reward(heads, directory)
-    prompts = directory / PROMPTS_FILE
-    if not prompts.exists():
-        counts = write_prompts(pairs, prompts, max_prompt_tokens=_prompt_room(config, model))
-        write_json(directory / "prompts.json", asdict(counts))
+    write_prompts(prompts, directory / PROMPTS_FILE)
+    write_json(directory / "prompts.json", asdict(counts))
+    write_json(directory / IDENTITY_FILE, identity)
     with _samplers(config, model, reward, layers) as (sampler, scorer):
         task = OnlineTask(
             config=config,
-            pairs=str(prompts),
+            pairs=str(directory / PROMPTS_FILE),
             model=model,
             base=base_model_name(config.policy.model, model),
             identity=identity,
@@ -104,8 +109,34 @@ def run_online(
             ledger=ledger or Ledger(directory / LEDGER_DIR, run=name, method=config.train.method),
             devices=plan.training_devices,
         )
-        num_updates = round_schedule(task, len(read_prompts(prompts))).num_updates
+        num_updates = round_schedule(task, len(prompts)).num_updates
         return fit_workers(online_worker, task, directory, num_updates=num_updates, callbacks=callbacks)
+
+
+def _check_layers(reward: Path, layers: tuple[int, ...]) -> None:
+    """Heads and states that do not fit are found before an engine starts."""
+    num_layers = FittedReward.load(reward).full.num_layers
+    if num_layers != len(layers):
+        raise DataError(
+            f"the reward heads read {num_layers} layers, {list(layers)} are given to them; name the layers that they "
+            "were fitted on (features.layers, or fit_reward(layers=...))"
+        )
+
+
+def _check_start(directory: Path, config: RunConfig, identity: Mapping[str, Any]) -> None:
+    """Rounds of a run that was stopped before its first checkpoint belong to that run only."""
+    file = directory / IDENTITY_FILE
+    if not file.is_file():
+        return
+    if not config.run.resume:
+        raise OutputExistsError(f"{directory} holds a training; continue it with run.resume=true or use another name")
+    have, want = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(dict(identity)))
+    names = sorted(name for name in {*have, *want} if have.get(name) != want.get(name))
+    if names:
+        shown = "; ".join(f"{name}: was {have.get(name)!r}, now {want.get(name)!r}" for name in names[:4])
+        raise CheckpointError(
+            f"{directory} holds rounds of another run ({shown}); resume with the old values or use a new name"
+        )
 
 
 def _prompt_room(config: RunConfig, model: str) -> int | None:

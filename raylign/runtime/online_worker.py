@@ -7,10 +7,11 @@ engines, lets them sample, has the responses scored and writes the round; then a
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ import ray
 import ray.train
 import ray.train.collective
 
-from raylign.cost.flops import sequence_work
+from raylign import errors
+from raylign.cost.flops import Work, pair_work, sequence_work
 from raylign.cost.ledger import Entry, measured
 from raylign.cost.shapes import forward_flops
-from raylign.errors import RaylignError, SamplerError, TrainingError
+from raylign.errors import CheckpointError, RaylignError, SamplerError, TrainingError
 from raylign.runtime.prompts import read_prompts
 from raylign.runtime.reporter import Reporter
 from raylign.runtime.sampler import SamplerPool
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 _MESSAGE_CHARACTERS = 700  # Ray Train broadcasts up to about a kilobyte
 _PROBE_TOKENS = 256
+_CHECKED_PROMPTS = 8  # of a round, whose responses tell how far trainer and sampler are apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +76,7 @@ def _train(task: OnlineTask) -> None:
     world = start_worker(config)
     prompts = read_prompts(task.pairs)
     schedule = round_schedule(task, len(prompts))
-    identity = task.identity | {"prompts": prompts_fingerprint(prompts)}
+    identity = task.identity
     reporter = Reporter(task, world, identity)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -114,15 +117,6 @@ def round_schedule(task: OnlineTask, num_prompts: int) -> RoundSchedule:
         round_epochs=online.round_epochs,
         seed=task.config.run.seed,
     )
-
-
-def prompts_fingerprint(prompts: Sequence[np.ndarray]) -> str:
-    """Hash of the token ids of all prompts."""
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in prompts:
-        digest.update(np.int64(len(ids)).tobytes())
-        digest.update(ids.astype(np.int32).tobytes())
-    return digest.hexdigest()
 
 
 def build_online_state(
@@ -195,16 +189,27 @@ class RoundOpener:
 
     def __call__(self, index: int, state: TrainerState) -> Round:
         """Round `index`; all workers call it together."""
-        from raylign.training.parallel import unwrap
-
-        is_new = self._agree(lambda: not self._store.has(index))
-        if is_new:
-            update = self._weight_update(state, version=index + 1)
-            self._agree(lambda: self._sample(index, update, response_flops(unwrap(state.policy).model)))
+        is_start = state.update == index * self._schedule.updates_per_round
+        if self._agree(lambda: not self._store.has(index)):
+            self._require(is_start, index, "the responses")
+            with self._measure("weight_sync"):
+                update = self._weight_update(state, version=index + 1)
+            self._agree(lambda: self._sample(index, update, forward_flops(unwrapped(state))))
         round_ = self._store.read(index)
         if self._reads_policy and round_.policy_logps is None:
-            round_ = self._add_policy(round_, state)
+            self._require(is_start, index, "the trainer's log-probabilities")
+            return self._add_policy(round_, state)
+        if not self._reads_policy and is_start and "importance/difference_max" not in round_.facts:
+            return self._add_importance(round_, state)
         return round_
+
+    def _require(self, is_start: bool, index: int, what: str) -> None:
+        """Weights in the middle of a round are not those that its responses and numbers must come from."""
+        if not is_start:
+            raise CheckpointError(
+                f"{what} of round {index + 1} are missing from {self._task.rounds}, and the newest checkpoint lies in "
+                "the middle of that round; restore them from a backup, or start under a new run.name"
+            )
 
     @property
     def _reads_policy(self) -> bool:
@@ -218,17 +223,16 @@ class RoundOpener:
             try:
                 outcome = ("done", work())
             except RaylignError as error:
-                outcome = (type(error).__name__, str(error)[:_MESSAGE_CHARACTERS])
+                kind = type(error).__name__
+                known = kind if hasattr(errors, kind) else TrainingError.__name__
+                outcome = (known, str(error)[:_MESSAGE_CHARACTERS])
         kind, value = ray.train.collective.broadcast_from_rank_zero(outcome)
         if kind == "done":
             return value
-        from raylign import errors
-
         raise getattr(errors, kind)(value)
 
     def _weight_update(self, state: TrainerState, *, version: int) -> WeightUpdate | None:
         """The policy's weights and the proof of them; None on all workers but the first."""
-        from raylign.training.parallel import unwrap
         from raylign.training.response_logps import pair_token_logps
         from raylign.training.state import full_weights
 
@@ -242,7 +246,7 @@ class RoundOpener:
         if self._config.policy.adapter == "lora":
             from peft import get_peft_model_state_dict
 
-            model = unwrap(state.policy).model
+            model = unwrapped(state)
             weights = get_peft_model_state_dict(model, state_dict=weights)
             adapter = model.peft_config["default"].to_dict()
         probe = Probe(token_ids=tuple(probe_ids.tolist()), token_logps=logps[: len(probe_ids) - 1])
@@ -253,22 +257,30 @@ class RoundOpener:
         longest = max(range(len(self._prompts)), key=lambda row: len(self._prompts[row]))
         return self._prompts[longest][:_PROBE_TOKENS]
 
-    def _sample(self, index: int, update: WeightUpdate | None, flops: Callable[[Rollout], int]) -> None:
+    def _sample(self, index: int, update: WeightUpdate | None, flops: Callable[[Work], int]) -> None:
         """Weights out, responses in, scored and stored; on the first worker only."""
         assert update is not None
+        sampler = self._task.sampler
         with self._measure("weight_sync") as entry:
-            sync = self._task.sampler.sync(update)
+            sync = sampler.sync(update)
             entry.add(synced_bytes=sync.num_bytes)
+            entry.saw_peak(sampler.usage.peak_rss_mib, sampler.usage.peak_device_mib)
         requests = sample_requests(self._prompts, self._schedule.prompts(index), index, self._config)
         start = time.monotonic()
         with self._measure("generate") as entry:
-            rollouts = self._task.sampler.generate(requests)
-            entry.add(**sampling_counts(rollouts), flops=sum(map(flops, rollouts)))
+            rollouts = sampler.generate(requests)
+            usage = sampler.usage
+            entry.saw_peak(usage.peak_rss_mib, usage.peak_device_mib)
+            entry.add(
+                **sampling_counts(rollouts), decode_steps=usage.decode_steps, flops=sampling_flops(rollouts, flops)
+            )
         sampling_s = time.monotonic() - start
         start = time.monotonic()
         with self._measure("score") as entry:
             scored = self._score(rollouts)
-            entry.add(num_items=len(rollouts), forward_tokens=num_tokens(rollouts), flops=sum(map(flops, rollouts)))
+            entry.saw_peak(*ray.get(self._task.scorer.peak_memory.remote(), timeout=self._config.sampler.timeout_s))
+            work = forward_work(rollouts)
+            entry.add(num_items=len(rollouts), forward_tokens=work.tokens, flops=flops(work))
         facts = round_facts(scored, sync) | {
             "timing_s/generate": sampling_s,
             "timing_s/score": time.monotonic() - start,
@@ -276,6 +288,9 @@ class RoundOpener:
         self._store.write(index, scored, facts)
 
     def _measure(self, phase: str) -> AbstractContextManager[Entry]:
+        """An entry of the ledger, written by the first worker for all."""
+        if self._world.rank:
+            return nullcontext(Entry())
         return measured(self._task.ledger, phase, self._task.devices)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -292,20 +307,41 @@ class RoundOpener:
                 f"the scorer died while it scored {len(rollouts)} responses ({error}); finished rounds are kept, "
                 "continue with run.resume=true"
             ) from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RaylignError):
+                raise error.cause from error
+            raise SamplerError(
+                f"the scorer failed on {len(rollouts)} responses: {type(error.cause).__name__}: {error.cause}"
+            ) from error
         return scored
 
     def _add_policy(self, round_: Round, state: TrainerState) -> Round:
         """What the trainer says of a round at its start, kept beside it."""
         from raylign.training.response_logps import round_logps
 
-        work = nullcontext(Entry()) if self._world.rank else self._measure("policy_forward")
-        with work as entry:
+        with self._measure("policy_forward") as entry:
             logps, values = round_logps(state.policy, round_, packing=self._packing, world=self._world)
-            entry.add(
-                forward_tokens=sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in round_.scored)
-            )
+            work = forward_work([item.rollout for item in round_.scored])
+            flops = forward_flops(unwrapped(state))(work)
+            entry.add(num_items=len(round_.scored), forward_tokens=work.tokens, flops=flops)
         self._agree(lambda: self._store.write_policy(round_.index, logps, values))
         return round_.with_policy(logps, values)
+
+    def _add_importance(self, round_: Round, state: TrainerState) -> Round:
+        """How far trainer and sampler are from each other, on the responses to the first prompts of the round."""
+        from raylign.training.gradient import importance_facts
+        from raylign.training.response_logps import round_logps
+
+        first = {position for members in round_.by_prompt[:_CHECKED_PROMPTS] for position in members}
+        part = replace(round_, scored=tuple(item for position, item in enumerate(round_.scored) if position in first))
+        with self._measure("policy_forward") as entry:
+            logps, values = round_logps(state.policy, part, packing=self._packing, world=self._world)
+            work = forward_work([item.rollout for item in part.scored])
+            flops = forward_flops(unwrapped(state))(work)
+            entry.add(num_items=len(part.scored), forward_tokens=work.tokens, flops=flops)
+        facts = importance_facts(part.with_policy(logps, values), cap=math.inf)
+        self._agree(lambda: self._store.add_facts(round_.index, facts))
+        return replace(round_, facts={**round_.facts, **facts})
 
 
 def sample_requests(prompts: Sequence[np.ndarray], rows: np.ndarray, index: int, config: Any) -> list[SampleRequest]:
@@ -330,32 +366,44 @@ def sample_requests(prompts: Sequence[np.ndarray], rows: np.ndarray, index: int,
 
 
 def sampling_counts(rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Counts of one call for responses, for the ledger.
-
-    `decode_steps` counts sequential forwards as if one engine ran all requests at once: the longest response.
-    """
+    """Counts of one call for responses, for the ledger; prompts count once per response."""
     return {
         "prompt_tokens": sum(len(rollout.prompt_ids) for rollout in rollouts),
         "generated_tokens": sum(len(rollout.response_ids) for rollout in rollouts),
-        "decode_steps": max(len(rollout.response_ids) for rollout in rollouts),
         "num_items": len(rollouts),
     }
 
 
-def num_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Prompt and response tokens, each response with a prompt of its own."""
-    return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+def sampling_flops(rollouts: Sequence[Rollout], flops: Callable[[Work], int]) -> int:
+    """Model FLOPs of sampling responses, each after its own prompt; what a prefix cache saves is not known."""
+    lengths = ((len(rollout.prompt_ids), len(rollout.response_ids)) for rollout in rollouts)
+    return sum(flops(sequence_work(prompt + response, scored_tokens=response)) for prompt, response in lengths)
 
 
-def response_flops(model: Any) -> Callable[[Rollout], int]:
-    """Model FLOPs of sampling or scoring one response: its prompt, and logits for its own tokens only.
+def forward_work(rollouts: Sequence[Rollout]) -> Work:
+    """Work of a forward over responses, two to a prompt at a time; an odd one stands alone.
 
-    Prompts that an engine's cache or a shared layout computes once for several responses are counted with each.
+    Args:
+        rollouts: the responses to a prompt in a row.
     """
-    forward = forward_flops(model)
-    return lambda rollout: forward(
-        sequence_work(len(rollout.prompt_ids) + len(rollout.response_ids), scored_tokens=len(rollout.response_ids))
-    )
+    by_prompt: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_prompt.setdefault(rollout.prompt_index, []).append(rollout)
+    work = Work()
+    for members in by_prompt.values():
+        prompt, lengths = len(members[0].prompt_ids), [len(rollout.response_ids) for rollout in members]
+        for first, second in zip(lengths[::2], lengths[1::2], strict=False):
+            work += pair_work(prompt, first, second, is_shared=True)
+        if len(lengths) % 2:
+            work += sequence_work(prompt + lengths[-1], scored_tokens=lengths[-1])
+    return work
+
+
+def unwrapped(state: TrainerState) -> Any:
+    """The model below the trainer's wrappers."""
+    from raylign.training.parallel import unwrap
+
+    return unwrap(state.policy).model
 
 
 def round_facts(scored: Sequence[ScoredRollout], sync: SyncReport) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +32,11 @@ class PromptCounts:
     too_long: int
 
 
-def write_prompts(pairs: ray.data.Dataset, file: Path, *, max_prompt_tokens: int | None) -> PromptCounts:
-    """Write the distinct prompts of the training split, in the order of their keys, which are hashes.
+def collect_prompts(pairs: ray.data.Dataset, *, max_prompt_tokens: int | None) -> tuple[list[np.ndarray], PromptCounts]:
+    """Token ids of the distinct prompts of the training split, in the order of their keys, which are hashes.
 
     Args:
         pairs: with the columns of the ingest phase.
-        file: parquet file to write.
         max_prompt_tokens: longest prompt that leaves room for a response, None without limit.
 
     Raises:
@@ -52,9 +54,23 @@ def write_prompts(pairs: ray.data.Dataset, file: Path, *, max_prompt_tokens: int
             f"no training prompt is left to sample from: {counts.too_long} leave no room for a response of "
             "sampler.max_new_tokens in the model's context; lower it, or data.max_prompt_length"
         )
-    table = pa.table({"prompt_key": keys, "prompt_ids": pa.array([found[key] for key in keys], pa.list_(pa.int32()))})
-    pq.write_table(table, file)
-    return counts
+    return [found[key] for key in keys], counts
+
+
+def write_prompts(prompts: Sequence[np.ndarray], file: Path) -> None:
+    """Write token ids of prompts, whole or not at all."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    pq.write_table(pa.table({"prompt_ids": pa.array(list(prompts), pa.list_(pa.int32()))}), temporary)
+    temporary.replace(file)
+
+
+def prompts_fingerprint(prompts: Sequence[np.ndarray]) -> str:
+    """Hash of the token ids of all prompts, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in prompts:
+        digest.update(np.int64(len(ids)).tobytes())
+        digest.update(ids.astype(np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def read_prompts(file: str | Path) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.types import Rollout, ScoredRollout
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ class ResponseScorer:
             )
             for rollout, reward, logps in zip(rollouts, rewards, found.token_logps, strict=True)
         ]
+
+    def peak_memory(self) -> tuple[float, float]:
+        """Largest resident and largest device memory of this process since its start, MiB."""
+        return peak_rss_mib(), peak_device_mib()
 
     def is_ready(self) -> bool:
         """True, once the models are loaded."""

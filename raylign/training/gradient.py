@@ -4,8 +4,8 @@ Advantages belong to the round and are computed once, from the numbers stored wi
 for stored pairs, the batch is one sum over its tokens (or responses) divided by their number over all workers, however
 it is cut into micro-batches.
 
-A method with another reward (robust, constrained) changes the `rewards` that `round_targets` is given, or the number
-of value heads; nothing else here knows where a reward comes from.
+A method with another reward (robust, constrained) hands in a round with other rewards, see `Round.with_rewards`;
+nothing here knows where a reward comes from.
 
 Shape letters: n responses of a round, N their tokens, H value heads, T tokens of a micro-batch.
 """
@@ -79,13 +79,12 @@ class GradientSummary:
     learning_rate: float
 
 
-def round_targets(round_: Round, *, settings: PolicyGradientSection, rewards: np.ndarray | None = None) -> RoundTargets:
+def round_targets(round_: Round, *, settings: PolicyGradientSection) -> RoundTargets:
     """Advantages and importance weights of a round.
 
     Args:
         round_: with the trainer's log-probabilities, and with values for advantage=gae.
         settings: estimator and its constants.
-        rewards: (n,) in place of the rewards of the responses, for example penalised ones. None uses those.
     """
     assert round_.policy_logps is not None
     scored = round_.scored
@@ -93,7 +92,7 @@ def round_targets(round_: Round, *, settings: PolicyGradientSection, rewards: np
     reference = torch.from_numpy(np.concatenate([item.reference_token_logps for item in scored])).double()
     sampler = torch.from_numpy(np.concatenate([item.rollout.sampler_logps for item in scored])).double()
     sequence = torch.repeat_interleave(torch.arange(len(scored)), torch.from_numpy(np.diff(round_.offsets)))
-    reward = torch.from_numpy(round_.rewards if rewards is None else rewards).double()
+    reward = torch.from_numpy(round_.rewards)
     kl, _ = kl_estimates(logps_old, reference)
     constants = {"beta": settings.beta, "score_clip": settings.score_clip}
     values_old, returns = None, None
@@ -106,8 +105,7 @@ def round_targets(round_: Round, *, settings: PolicyGradientSection, rewards: np
         score = sequence_scores(reward, kl, sequence, **constants)
         group = torch.tensor([item.rollout.prompt_index for item in scored])
         advantages = group_advantages(score, group, scale=settings.group_scale)[sequence]
-    stats = policy_gradient.importance_stats(logps_old, sampler, cap=settings.importance_cap).summary()
-    facts = {f"importance/{name}": value for name, value in stats.items()} | {
+    facts = importance_facts(round_, cap=settings.importance_cap) | {
         "actor/reference_kl": float(kl.sum() / len(scored)),
         "critic/advantages/mean": float(advantages.mean()),
         "critic/advantages/std": float(advantages.std(correction=0)),
@@ -123,6 +121,19 @@ def round_targets(round_: Round, *, settings: PolicyGradientSection, rewards: np
         returns=None if returns is None else returns.float(),
         facts=facts,
     )
+
+
+def importance_facts(round_: Round, *, cap: float) -> dict[str, float]:
+    """How far the trainer's log-probabilities of a round are from the sampler's, by metric name.
+
+    Args:
+        round_: with the trainer's log-probabilities.
+        cap: of the importance weights; infinite where nothing is corrected.
+    """
+    assert round_.policy_logps is not None
+    sampler = torch.from_numpy(np.concatenate([item.rollout.sampler_logps for item in round_.scored]))
+    stats = policy_gradient.importance_stats(torch.from_numpy(round_.policy_logps), sampler, cap=cap).summary()
+    return {f"importance/{name}": value for name, value in stats.items()}
 
 
 def gradient_update(

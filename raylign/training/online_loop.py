@@ -20,6 +20,7 @@ from raylign.training.world import World
 from raylign.types import TokenizedPair
 
 OpenRound = Callable[[int, TrainerState], Round]
+ShapeRewards = Callable[[Round], np.ndarray]
 
 
 def train_online(
@@ -33,6 +34,7 @@ def train_online(
     on_record: RecordCallback = lambda record: None,
     on_checkpoint: CheckpointCallback = lambda state, record: None,
     costs: UpdateCosts | None = None,
+    shape_rewards: ShapeRewards | None = None,
 ) -> dict[str, float]:
     """Run the updates that `state` has not finished yet.
 
@@ -48,6 +50,9 @@ def train_online(
             with the facts of the round.
         on_checkpoint: called after the last update of every round and every `train.checkpoint_every` updates.
         costs: what the updates cost is recorded here; what opening a round costs is up to `open_round`.
+        shape_rewards: gives the rewards (n,) that the round's updates maximise, for example less a multiplier times the
+            cost; called once whenever a round is opened, and again after a resume, so it must not change its own
+            state. None takes the rewards of the responses.
 
     Returns:
         The record of the last update; empty when there was nothing left to do.
@@ -62,7 +67,8 @@ def train_online(
         while state.update < schedule.num_updates:
             index = state.update // schedule.updates_per_round
             if current is None or current.round_.index != index:
-                current = _OpenRound(open_round(index, state), config)
+                round_ = open_round(index, state)
+                current = _OpenRound(round_.with_rewards(shape_rewards(round_)) if shape_rewards else round_, config)
                 state.window.restart_clock()
             costs.begin()
             costs.count(current.update(state, schedule.batch(state.update), packing=packing, world=world))

@@ -9,9 +9,10 @@ Shape letters: n responses of a round, N their tokens, H value heads.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from raylign.training.order import DataOrder
 from raylign.types import Rollout, ScoredRollout
 
 _FACTS = b"raylign.facts"
+_CURE = "restore it from a backup, or start under a new run.name"
 _TOKENS = ("prompt_ids", "response_ids")
 _LOGPS = ("sampler_logps", "reference_token_logps")
 
@@ -68,18 +70,24 @@ class RoundSchedule:
     def prompts(self, index: int) -> np.ndarray:
         """Rows of the prompts of round `index`, from 0. Shape (round_size,), int64, no row twice.
 
-        Consecutive rounds walk through one permutation of all prompts after the other; a round that crosses the end of
-        one takes the rest from the next, skipping what it has.
+        Rounds walk through one permutation of all prompts after the other. A prompt that a round already holds, where
+        one permutation meets the next, waits for the next round, so that no prompt comes a third time before all came
+        twice.
         """
-        start = index * self.round_size
-        chosen: list[int] = []
-        while len(chosen) < self.round_size:
-            epoch, position = divmod(start, self.num_prompts)
-            order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.num_prompts)
-            taken = [row for row in order[position:].tolist() if row not in chosen]
-            chosen += taken[: self.round_size - len(chosen)]
-            start = (epoch + 1) * self.num_prompts
+        walk = self._walk()
+        waiting: list[int] = []
+        for _ in range(index + 1):
+            chosen: list[int] = []
+            queue, waiting = waiting, []
+            while len(chosen) < self.round_size:
+                row = queue.pop(0) if queue else next(walk)
+                (waiting if row in chosen else chosen).append(row)
+            waiting += queue
         return np.array(chosen, np.int64)
+
+    def _walk(self) -> Iterator[int]:
+        for epoch in itertools.count():
+            yield from np.random.default_rng([self.seed, 1, epoch]).permutation(self.num_prompts).tolist()
 
     def batch(self, update: int) -> np.ndarray:
         """Positions in its round of the prompts of one update. Shape (B,), int64."""
@@ -132,6 +140,11 @@ class Round:
         """(n,) float64."""
         return np.array([item.reward for item in self.scored])
 
+    def with_rewards(self, rewards: np.ndarray) -> Round:
+        """The round with other rewards, (n,), for example penalised ones."""
+        scored = (replace(item, reward=float(value)) for item, value in zip(self.scored, rewards, strict=True))
+        return replace(self, scored=tuple(scored))
+
     def with_policy(self, policy_logps: np.ndarray, values: np.ndarray | None) -> Round:
         """The round with what the trainer says of it at its start."""
         return replace(self, policy_logps=policy_logps, values=values)
@@ -171,6 +184,8 @@ class RoundStore:
         try:
             table = pq.read_table(file)
             facts = json.loads(table.schema.metadata[_FACTS])
+            if self._facts_file(index).is_file():
+                facts |= json.loads(self._facts_file(index).read_text(encoding="utf-8"))
             found = Round(index=index, scored=tuple(_from_row(row) for row in table.to_pylist()), facts=facts)
             if not extra.is_file():
                 return found
@@ -179,13 +194,11 @@ class RoundStore:
                 values = arrays.get("values")
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise CheckpointError(
-                f"round {index + 1} in {self._directory} cannot be read ({error}); remove {file.name} and "
-                f"{extra.name} to sample that round again"
+                f"round {index + 1}: {file} or {extra.name} cannot be read ({error}); {_CURE}"
             ) from error
         if len(logps) != found.offsets[-1]:
             raise CheckpointError(
-                f"{extra} holds {len(logps)} log-probabilities for {found.offsets[-1]} tokens; remove it to compute "
-                "them again"
+                f"{extra} holds {len(logps)} log-probabilities for {found.offsets[-1]} tokens; {_CURE}"
             )
         return found.with_policy(logps, values)
 
@@ -198,11 +211,20 @@ class RoundStore:
         np.savez(temporary, **arrays)
         temporary.replace(self._policy_file(index))
 
+    def add_facts(self, index: int, facts: Mapping[str, float]) -> None:
+        """Store further numbers about a round, found after it was written."""
+        temporary = self._directory / f".{os.getpid()}.json"
+        temporary.write_text(json.dumps(dict(facts)), encoding="utf-8")
+        temporary.replace(self._facts_file(index))
+
     def _file(self, index: int) -> Path:
         return self._directory / f"round_{index + 1:05d}.parquet"
 
     def _policy_file(self, index: int) -> Path:
         return self._directory / f"round_{index + 1:05d}.policy.npz"
+
+    def _facts_file(self, index: int) -> Path:
+        return self._directory / f"round_{index + 1:05d}.facts.json"
 
 
 _SCHEMA = pa.schema(

@@ -153,18 +153,15 @@ def test_the_value_head_learns_returns_and_leaves_the_model_alone() -> None:
         assert torch.equal(value, before[name]) == (not name.startswith("value_heads")), name
 
 
-def test_rewards_given_from_outside_replace_those_of_the_responses() -> None:
+def test_other_rewards_change_the_advantages() -> None:
     policy = make_policy()
     round_ = make_round(policy)
-    gradient = PolicyGradientSection()
-    penalised = round_.rewards - 3.0 * (round_.rewards > 0)
-    changed = replace(
-        round_,
-        scored=tuple(replace(item, reward=float(r)) for item, r in zip(round_.scored, penalised, strict=True)),
-    )
-    given = round_targets(round_, settings=gradient, rewards=penalised).advantages
-    assert torch.equal(given, round_targets(changed, settings=gradient).advantages)
-    assert not torch.equal(given, round_targets(round_, settings=gradient).advantages)
+    gradient = PolicyGradientSection(beta=0.0)
+    plain = round_targets(round_, settings=gradient).advantages
+    shifted = round_targets(round_.with_rewards(round_.rewards + 3), settings=gradient).advantages
+    torch.testing.assert_close(plain, shifted)  # a constant is no information
+    penalised = round_targets(round_.with_rewards(round_.rewards - 3.0 * (round_.rewards > 0)), settings=gradient)
+    assert not torch.equal(plain, penalised.advantages)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move() -> None:

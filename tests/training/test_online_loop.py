@@ -137,6 +137,19 @@ def test_the_last_record_of_a_round_tells_of_the_round(model_dir: Path, tmp_path
     assert trial.records[3]["online/reward_margin"] > 0
 
 
+@pytest.mark.parametrize("method", ["online_dpo", "group"])
+def test_shaped_rewards_are_what_is_maximised(model_dir: Path, tmp_path: Path, method: str) -> None:
+    """Negated rewards turn every preference and every advantage round; the same rewards change nothing."""
+    ends = {}
+    for name, shape in {"none": None, "same": lambda r: r.rewards, "negated": lambda r: -r.rewards}.items():
+        trial = Trial(model_dir, tmp_path / name, method)
+        state = trial.state(model_dir)
+        train_online(state, trial.open, SCHEDULE, config=trial.config, packing=PACKING, shape_rewards=shape)
+        ends[name] = state.policy.state_dict()
+    assert all(torch.equal(ends["none"][key], ends["same"][key]) for key in ends["none"])
+    assert not all(torch.equal(ends["none"][key], ends["negated"][key]) for key in ends["none"])
+
+
 def test_values_are_part_of_the_checkpoint(model_dir: Path, tmp_path: Path) -> None:
     trial = Trial(model_dir, tmp_path, "gae")
     trial.run(trial.state(model_dir))

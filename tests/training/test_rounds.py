@@ -31,6 +31,22 @@ def test_a_round_that_crosses_the_end_holds_no_prompt_twice_and_is_full() -> Non
     assert len(set(np.concatenate([schedule.prompts(index) for index in range(3)]).tolist())) == 10
 
 
+@pytest.mark.parametrize("num_prompts", [7, 10, 13])
+def test_no_prompt_is_ahead_of_another_by_more_than_one_visit(num_prompts: int) -> None:
+    schedule = make_schedule(num_prompts=num_prompts)
+    visits = np.zeros(num_prompts, int)
+    for index in range(40):
+        visits[schedule.prompts(index)] += 1
+        assert visits.max() - visits.min() <= 2  # one visit, and one more while a prompt waits for the next round
+
+
+def test_facts_added_later_are_read_with_the_round(tmp_path: Path) -> None:
+    store, made = RoundStore(tmp_path), tiny_round(num_prompts=2, num_samples=2)
+    store.write(0, made.scored, made.facts)
+    store.add_facts(0, {"importance/kl": 0.25})
+    assert store.read(0).facts == {**made.facts, "importance/kl": 0.25}
+
+
 def test_a_round_larger_than_the_prompts_takes_all_of_them() -> None:
     schedule = make_schedule(prompts_per_round=64)
     assert sorted(schedule.prompts(2).tolist()) == list(range(10))
@@ -93,5 +109,5 @@ def test_damaged_files_are_named_with_their_cure(tmp_path: Path, damage: str) ->
         store.write_policy(0, np.zeros(2, np.float32), None)
     else:
         next(tmp_path.glob("*.parquet")).write_bytes(b"not parquet")
-    with pytest.raises(CheckpointError, match=r"remove .* again"):
+    with pytest.raises(CheckpointError, match=r"round_00001.* restore it from a backup, or start under a new"):
         store.read(0)
