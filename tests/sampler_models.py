@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from raylign.runtime.sampler_engine import EngineSettings, SamplerEngine, engine_environment
+from raylign.runtime.sampler_engine import SamplerEngine
+from raylign.runtime.sampler_settings import EngineSettings, engine_environment
 from raylign.runtime.weight_sync import (
     Bucket,
     Probe,

@@ -22,11 +22,10 @@ from raylign.errors import RaylignError, ResourceError, SamplerError, StaleWeigh
 from raylign.runtime.sampler_engine import (
     EngineFacts,
     EngineNotStartedError,
-    EngineSettings,
     SamplerEngine,
-    engine_environment,
 )
 from raylign.runtime.sampler_plan import EngineFault, check_lengths, check_restart, split_requests
+from raylign.runtime.sampler_settings import EngineSettings, engine_environment
 from raylign.runtime.weight_sync import (
     EngineReport,
     Probe,

@@ -12,51 +12,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylign.errors import MissingDependencyError, ModelError, RaylignError, SamplerError, StaleWeightsError
+from raylign.runtime.sampler_settings import EngineSettings, dtype_name, end_ids, llm_arguments
 from raylign.runtime.weight_sync import Bucket, EngineReport, UpdateHeader, unpack_bucket
 from raylign.types import Rollout, SampleRequest
 
 if TYPE_CHECKING:
     import torch
-
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """What an engine is started with; see `SamplerSection` for what is not explained here.
-
-    Attributes:
-        model_path: directory of the policy before training, readable on the engine's node.
-        dtype: `policy.dtype`.
-        lora_rank: rank of adapters to come, None for full weights.
-        trust_remote_code: `policy.trust_remote_code`.
-        max_length: longest sequence that will be asked for, prompt and response, in tokens.
-        max_new_tokens: length limit of a response.
-        temperature: 0 is greedy.
-        top_p: nucleus.
-        num_gpus: tensor-parallel size, 0 on CPUs.
-        cache_mib: key-value cache on CPUs.
-        gpu_memory_utilization: share of a GPU.
-        enforce_eager: skip compilation.
-    """
-
-    model_path: str
-    dtype: Literal["auto", "float32", "bfloat16"]
-    lora_rank: int | None
-    trust_remote_code: bool
-    max_length: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    num_gpus: int
-    cache_mib: int
-    gpu_memory_utilization: float
-    enforce_eager: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +44,6 @@ class EngineFacts:
 
 class EngineNotStartedError(RuntimeError):
     """`start` was not called in this process: the actor was restarted and has lost its weights."""
-
-
-def engine_environment(cpus: float) -> dict[str, str]:
-    """Environment of an engine's process, which must be set before torch is loaded.
-
-    Args:
-        cpus: CPUs of the engine. Engines and trainer share cores, and more threads than that slow all of them down.
-    """
-    return {
-        "OMP_NUM_THREADS": str(max(1, int(cpus))),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines would bind to the same core
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # half the memory and start-up time; one engine per actor anyway
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
 
 
 class SamplerEngine:
@@ -121,10 +71,10 @@ class SamplerEngine:
         """
         vllm = _import_vllm(self._settings.num_gpus)
         if self._llm is None:
-            self._dtype = _dtype_name(self._settings)
-            self._ends = _end_ids(self._settings)
+            self._dtype = dtype_name(self._settings)
+            self._ends = end_ids(self._settings)
             try:
-                self._llm = vllm.LLM(**_llm_arguments(self._settings, self._dtype))
+                self._llm = vllm.LLM(**llm_arguments(self._settings, self._dtype))
             except Exception as error:  # vLLM has no common root of its errors
                 raise SamplerError(
                     f"vLLM {vllm.__version__} cannot sample from {self._settings.model_path}: {_reason(error)}"
@@ -286,73 +236,6 @@ def _import_vllm(num_gpus: int) -> Any:
             f"the online methods sample with vLLM, which cannot be imported: {error}; {cure}"
         ) from error
     return vllm
-
-
-def _llm_arguments(settings: EngineSettings, dtype: str) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "model": settings.model_path,
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "dtype": dtype,
-        "max_model_len": _context(settings),
-        "trust_remote_code": settings.trust_remote_code,
-        "load_format": "safetensors",
-        "enforce_eager": settings.enforce_eager,
-        "worker_extension_cls": "raylign.runtime.sampler_worker.WeightReceiver",
-        "seed": 0,
-    }
-    if settings.num_gpus:
-        arguments |= {
-            "tensor_parallel_size": settings.num_gpus,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
-        }
-    else:
-        arguments |= {
-            # without it the cache is sized from the memory of the machine
-            "kv_cache_memory_bytes": settings.cache_mib * 2**20,
-            # vLLM rewinds the random stream of a response whose prompt it cuts in two, which no CPU generator can do
-            "enable_chunked_prefill": False,
-            # with vLLM's own 128 a small cache holds fewer responses: 12 % fewer tokens per second were measured
-            "block_size": 32,
-        }
-    if settings.lora_rank is not None:
-        rank = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), None)
-        if rank is None:
-            raise SamplerError(f"policy.lora_rank={settings.lora_rank} exceeds vLLM's largest, {_LORA_RANKS[-1]}")
-        # one more than in use: at an update the old adapter leaves after the new one has come
-        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 2, "max_cpu_loras": 2}
-    return arguments
-
-
-def _context(settings: EngineSettings) -> int:
-    from raylign.models.loading import context_length, load_config
-
-    context = context_length(load_config(settings.model_path, trust_remote_code=settings.trust_remote_code))
-    return settings.max_length if context is None else min(context, settings.max_length)
-
-
-def _dtype_name(settings: EngineSettings) -> str:
-    from raylign.models.loading import resolve_dtype
-
-    return str(resolve_dtype(settings.dtype, "cuda" if settings.num_gpus else "cpu")).removeprefix("torch.")
-
-
-def _end_ids(settings: EngineSettings) -> list[int]:
-    """As evaluation finds them, from the checkpoint's files instead of a loaded model."""
-    from types import SimpleNamespace
-
-    from transformers import GenerationConfig
-
-    from raylign.evaluation.generation import end_token_ids
-    from raylign.models.loading import load_config, load_tokenizer
-
-    try:
-        generation = GenerationConfig.from_pretrained(settings.model_path)
-    except OSError:  # no generation_config.json: transformers falls back to the model's own, too
-        config = load_config(settings.model_path, trust_remote_code=settings.trust_remote_code)
-        generation = GenerationConfig.from_model_config(config)
-    tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
-    return end_token_ids(SimpleNamespace(generation_config=generation), tokenizer)
 
 
 def _token_logps(flat: Any, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
