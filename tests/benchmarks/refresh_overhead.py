@@ -4,8 +4,8 @@
 
 Above: device-seconds of weight sync, sampling and scoring per pair that online DPO gets, one value per round, on a real
 vLLM engine. Below: what live re-ranking adds to an update, per pair: the paired difference of the time of interleaved
-updates on the same batches with and without the reward head, once with the batch's own centre (which takes an extra
-forward) and once without (the head rides on the policy's forward). One engine, one scorer and one trainer, a thread
+updates on the same batches with and without the reward head. With one confidence per pair the head rides on the
+policy's forward; with one per batch it needs the whole batch first, which takes a forward more. One engine, one scorer and one trainer, a thread
 each; device-seconds count the CPUs that each side has to reserve: all three above, the trainer's below. Both sides use
 the same model, prompts and reward. Means with Fieller's 95 % interval. The last line is JSON.
 """
@@ -51,7 +51,7 @@ from raylign.training.world import World
 from raylign.types import TokenizedPair
 
 BATCH_SIZE = 16
-VARIANTS = {"own centre": {}, "no centre": {"center": "none"}}
+VARIANTS = {"pair level": {}, "pair, no centre": {"center": "none"}, "batch level": {"level": "batch"}}
 
 
 def fresh_seconds(
@@ -163,7 +163,7 @@ def main() -> None:
             name=f"re-weighted pair, {name}", status="measured", fingerprint="one machine", values=tuple(seconds)
         )
         ratio = refresh_overhead_ratio(above, below)
-        print(f"re-weighted pair, {name:<12} {1000 * np.mean(seconds):.3f} device-ms   ratio {ratio}")
+        print(f"re-weighted pair, {name:<15} {1000 * np.mean(seconds):.3f} device-ms   ratio {ratio}")
         measured = isinstance(ratio, MeasuredRatio)
         ratios[name] = {"value": ratio.value, "low": ratio.low, "high": ratio.high} if measured else str(ratio)
     print(
