@@ -128,7 +128,7 @@ def greedy(model: Any, prompt: np.ndarray) -> list[int]:
 def check_greedy(engine: SamplerEngine, model: Any, version: int) -> None:
     """Equal answers, but for a token whose logit is so near the best that rounding decides."""
     ids = prompts()
-    rollouts = engine.generate(requests(ids), version)
+    rollouts = engine.generate(requests(ids), version).rollouts
     assert {rollout.weight_version for rollout in rollouts} == {version}
     for prompt, rollout in zip(ids, rollouts, strict=True):
         found, wanted = rollout.response_ids.tolist(), greedy(model, prompt)

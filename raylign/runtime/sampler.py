@@ -26,6 +26,7 @@ from raylign.runtime.sampler_engine import (
 )
 from raylign.runtime.sampler_plan import EngineFault, check_lengths, check_restart, split_requests
 from raylign.runtime.sampler_settings import EngineSettings, engine_environment
+from raylign.runtime.sampler_usage import EngineAnswer, SamplerUsage, side_by_side
 from raylign.runtime.weight_sync import (
     EngineReport,
     Probe,
@@ -72,6 +73,7 @@ class SamplerPool:
         self._config = config.sampler
         self._last: _SentUpdate | None = None
         self._num_restarts = 0
+        self._usage = SamplerUsage()
 
     @classmethod
     def start(cls, model_path: str, *, config: RunConfig) -> SamplerPool:
@@ -112,6 +114,11 @@ class SamplerPool:
         """Engines that this pool has replaced."""
         return self._num_restarts
 
+    @property
+    def usage(self) -> SamplerUsage:
+        """What the last `generate` or `sync` of this process took; zeros before the first."""
+        return self._usage
+
     def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
         """Sample one response per request, in the order of the requests.
 
@@ -129,10 +136,11 @@ class SamplerPool:
             return self._engines[engine].generate.remote([requests[i] for i in shares[engine]], self.version)
 
         held = {engine: len(share) for engine, share in enumerate(shares) if share}
-        answers = self._call(submit, held, restores=True)
+        answers: dict[int, EngineAnswer] = self._call(submit, held, restores=True)
+        self._usage = side_by_side(answer.usage for answer in answers.values())
         rollouts: list[Rollout | None] = [None] * len(requests)
         for engine in held:
-            for position, rollout in zip(shares[engine], answers[engine], strict=True):
+            for position, rollout in zip(shares[engine], answers[engine].rollouts, strict=True):
                 rollouts[position] = rollout
         return [rollout for rollout in rollouts if rollout is not None]
 
@@ -156,11 +164,12 @@ class SamplerPool:
             header=header, buckets=buckets, sent=checksums(update.weights), probe=update.probe, num_bytes=num_bytes
         )
         self._last = last
-        reports = self._call(
+        reports: dict[int, EngineReport] = self._call(
             lambda engine: self._submit_update(engine, last),
             dict.fromkeys(range(len(self._engines)), 0),
             restores=False,
         )
+        self._usage = side_by_side(report.usage for report in reports.values())
         try:
             differences = [self._check(engine, last, report) for engine, report in sorted(reports.items())]
         except StaleWeightsError:

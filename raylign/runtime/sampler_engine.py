@@ -18,11 +18,14 @@ import numpy as np
 
 from raylign.errors import MissingDependencyError, ModelError, RaylignError, SamplerError, StaleWeightsError
 from raylign.runtime.sampler_settings import EngineSettings, dtype_name, end_ids, llm_arguments
+from raylign.runtime.sampler_usage import EngineAnswer, ForwardCounter
 from raylign.runtime.weight_sync import Bucket, EngineReport, UpdateHeader, unpack_bucket
 from raylign.types import Rollout, SampleRequest
 
 if TYPE_CHECKING:
     import torch
+
+_HALF_UPDATED = -1  # version while an update is under way, and for good when it does not finish; must not sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,13 @@ class EngineNotStartedError(RuntimeError):
     """`start` was not called in this process: the actor was restarted and has lost its weights."""
 
 
+class HalfUpdatedError(RuntimeError):
+    """An earlier update did not finish, and vLLM cannot begin another on what it left.
+
+    Not a `RaylignError`, so that the pool takes it for a fault and replaces the process.
+    """
+
+
 class SamplerEngine:
     """A copy of the policy that samples.
 
@@ -57,6 +67,7 @@ class SamplerEngine:
         self._settings = settings
         self._version = 0
         self._llm: Any = None
+        self._counter: ForwardCounter | None = None
         self._ends: list[int] = []
         self._lora: Any = None
         self._num_adapters = 0
@@ -79,6 +90,7 @@ class SamplerEngine:
                 raise SamplerError(
                     f"vLLM {vllm.__version__} cannot sample from {self._settings.model_path}: {_reason(error)}"
                 ) from error
+            self._counter = ForwardCounter(self._llm.llm_engine.model_executor)
         return EngineFacts(
             node=_node(),
             pid=os.getpid(),
@@ -86,7 +98,7 @@ class SamplerEngine:
             vllm_version=str(vllm.__version__),
         )
 
-    def generate(self, requests: Sequence[SampleRequest], version: int) -> list[Rollout]:
+    def generate(self, requests: Sequence[SampleRequest], version: int) -> EngineAnswer:
         """Sample one response per request, in the order of the requests.
 
         Args:
@@ -97,19 +109,25 @@ class SamplerEngine:
             EngineNotStartedError: the process is new.
             StaleWeightsError: other weights are loaded.
         """
-        if self._llm is None:
-            raise EngineNotStartedError(f"process {os.getpid()} has not started its engine")
+        counter = self._started()
         if self._version != version:
             raise StaleWeightsError(
                 f"the engine on {_node()} holds weights version {self._version}, asked for was {version}; sync first"
             )
+        counter.take()  # what a call that failed has left
         outputs = self._llm.generate(
             [{"prompt_token_ids": _ints(request.prompt_ids)} for request in requests],
             [self._sampling(request) for request in requests],
             lora_request=self._lora,
             use_tqdm=False,
         )
-        return [self._rollout(request, output) for request, output in zip(requests, outputs, strict=True)]
+        rollouts = [self._rollout(request, output) for request, output in zip(requests, outputs, strict=True)]
+        return EngineAnswer(rollouts=rollouts, usage=counter.take())
+
+    def _started(self) -> ForwardCounter:
+        if self._counter is None:
+            raise EngineNotStartedError(f"process {os.getpid()} has not started its engine")
+        return self._counter
 
     def _sampling(self, request: SampleRequest) -> Any:
         from vllm import SamplingParams
@@ -148,11 +166,21 @@ class SamplerEngine:
 
         Raises:
             EngineNotStartedError: the process is new.
+            HalfUpdatedError: an earlier update did not finish.
             SamplerError: vLLM cannot load the tensors.
         """
-        if self._llm is None:
-            raise EngineNotStartedError(f"process {os.getpid()} has not started its engine")
-        self._version = -1  # what is half loaded must not sample
+        counter = self._started()
+        if self._version == _HALF_UPDATED:
+            raise HalfUpdatedError(
+                f"process {os.getpid()} cannot take weights version {header.version}: it holds a part of an earlier "
+                "update that did not finish"
+            )
+        if header.adapter is not None and self._settings.lora_rank is None:
+            raise SamplerError(
+                "the update holds an adapter but the engine was started without; set policy.adapter=lora"
+            )
+        counter.take()
+        self._version = _HALF_UPDATED
         try:
             if header.adapter is None:
                 received, not_loaded = self._load_weights(buckets)
@@ -172,6 +200,7 @@ class SamplerEngine:
             checksums=received,
             not_loaded=not_loaded,
             probe_logps=probe_logps,
+            usage=counter.take(),
         )
 
     def _load_weights(self, buckets: Sequence[Any]) -> tuple[tuple[Mapping[str, int], ...], tuple[str, ...]]:
@@ -190,10 +219,6 @@ class SamplerEngine:
         from safetensors.torch import save_file
         from vllm.lora.request import LoRARequest
 
-        if self._settings.lora_rank is None:
-            raise SamplerError(
-                "the update holds an adapter but the engine was started without; set policy.adapter=lora"
-            )
         assert header.adapter is not None
         tensors: dict[str, torch.Tensor] = {}
         received: dict[str, int] = {}

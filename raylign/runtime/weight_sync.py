@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylign.errors import ShapeError, StaleWeightsError
+from raylign.runtime.sampler_usage import SamplerUsage
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +132,7 @@ class EngineReport:
         checksums: CRC-32 of every tensor as received, one mapping per process of the engine.
         not_loaded: parameters of the engine's model that no tensor of the update reached.
         probe_logps: (T - 1,) log-probabilities of the probe under the engine's weights, nats, float32.
+        usage: of the update; its forwards are those of the probe.
     """
 
     version: int
@@ -138,6 +140,7 @@ class EngineReport:
     checksums: tuple[Mapping[str, int], ...]
     not_loaded: tuple[str, ...]
     probe_logps: np.ndarray
+    usage: SamplerUsage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,11 @@
 Above: device-seconds of weight sync, sampling and scoring per pair that online DPO gets, one value per round, on a real
 vLLM engine. Below: what live re-ranking adds to an update, per pair: the paired difference of the time of interleaved
 updates on the same batches with and without the reward head. With one confidence per pair the head rides on the
-policy's forward; with one per batch it needs the whole batch first, which takes a forward more. One engine, one scorer and one trainer, a thread
-each; device-seconds count the CPUs that each side has to reserve: all three above, the trainer's below. Both sides use
-the same model, prompts and reward. Means with Fieller's 95 % interval. The last line is JSON.
+policy's forward; with one per batch it needs the whole batch first, which takes a forward more.
+
+One engine, one scorer and one trainer, a thread each; device-seconds count the CPUs that each side has to reserve: all
+three above, the trainer's below. Both sides use the same model, prompts and reward. Means with Fieller's 95 % interval.
+The last line is JSON.
 """
 
 from __future__ import annotations

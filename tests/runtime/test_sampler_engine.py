@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raylign.errors import SamplerError, StaleWeightsError
-from raylign.runtime.sampler_engine import EngineNotStartedError, SamplerEngine
+from raylign.runtime.sampler_engine import EngineNotStartedError, HalfUpdatedError, SamplerEngine
 from raylign.runtime.weight_sync import Bucket
 from tests.sampler_models import (
     ENDS,
@@ -65,7 +65,7 @@ def test_greedy_tokens_equal_transformers_after_every_change_of_the_weights(engi
 def test_log_probs_are_of_temperature_one_and_untruncated(engine, model, monkeypatch):
     hot = dataclasses.replace(engine._settings, temperature=0.7, top_p=0.8)
     monkeypatch.setattr(engine, "_settings", hot)
-    for rollout in engine.generate(requests(prompts(), num_samples=2), engine._version):
+    for rollout in engine.generate(requests(prompts(), num_samples=2), engine._version).rollouts:
         whole = np.concatenate([rollout.prompt_ids, rollout.response_ids])
         trainer = token_logps(model, whole)[len(rollout.prompt_ids) - 1 :]
         np.testing.assert_allclose(rollout.sampler_logps, trainer, atol=1e-4)
@@ -74,14 +74,16 @@ def test_log_probs_are_of_temperature_one_and_untruncated(engine, model, monkeyp
 def test_responses_depend_on_their_seed_not_on_their_company(engine, monkeypatch):
     monkeypatch.setattr(engine, "_settings", dataclasses.replace(engine._settings, temperature=1.0))
     asked = requests(prompts(), num_samples=3)
-    together = [rollout.response_ids.tolist() for rollout in engine.generate(asked, engine._version)]
-    reverse = [rollout.response_ids.tolist() for rollout in engine.generate(asked[::-1], engine._version)][::-1]
-    alone = [engine.generate([request], engine._version)[0].response_ids.tolist() for request in asked[:4]]
+    together = [rollout.response_ids.tolist() for rollout in engine.generate(asked, engine._version).rollouts]
+    reverse = [rollout.response_ids.tolist() for rollout in engine.generate(asked[::-1], engine._version).rollouts][
+        ::-1
+    ]
+    alone = [engine.generate([request], engine._version).rollouts[0].response_ids.tolist() for request in asked[:4]]
     assert together == reverse
     assert together[:4] == alone
     assert together[0] != together[1]  # another seed
     moved = [dataclasses.replace(request, seed=request.seed + 1) for request in asked]
-    assert [rollout.response_ids.tolist() for rollout in engine.generate(moved, engine._version)] != together
+    assert [rollout.response_ids.tolist() for rollout in engine.generate(moved, engine._version).rollouts] != together
 
 
 def test_responses_are_the_same_where_batch_and_cache_are_too_small_for_all(engine, monkeypatch):
@@ -90,21 +92,41 @@ def test_responses_are_the_same_where_batch_and_cache_are_too_small_for_all(engi
     rng = np.random.default_rng(5)
     asked = requests([rng.integers(5, 300, length).astype(np.int32) for length in range(40, 240, 4)])
     assert sum(len(request.prompt_ids) for request in asked) > 4096
-    together = [rollout.response_ids.tolist() for rollout in engine.generate(asked, engine._version)]
+    together = [rollout.response_ids.tolist() for rollout in engine.generate(asked, engine._version).rollouts]
     assert sum(map(len, together)) > 4096
     for request, response in list(zip(asked, together, strict=True))[::10]:
-        assert engine.generate([request], engine._version)[0].response_ids.tolist() == response
+        assert engine.generate([request], engine._version).rollouts[0].response_ids.tolist() == response
 
 
 def test_responses_end_with_any_end_token_or_at_the_limit(engine, monkeypatch):
     monkeypatch.setattr(engine, "_settings", dataclasses.replace(engine._settings, temperature=2.0, max_new_tokens=64))
-    rollouts = engine.generate(requests(prompts()[:2], num_samples=40), engine._version)
+    rollouts = engine.generate(requests(prompts()[:2], num_samples=40), engine._version).rollouts
     for rollout in rollouts:
         ids = rollout.response_ids.tolist()
         ends = [position for position, token in enumerate(ids) if token in ENDS]
         assert ends == ([len(ids) - 1] if rollout.reached_end else [])
         assert rollout.reached_end or len(ids) == 64
     assert {int(rollout.response_ids[-1]) for rollout in rollouts if rollout.reached_end} == set(ENDS)
+
+
+def test_forwards_are_counted_one_by_one(engine, monkeypatch):
+    """A response of n tokens needs n forwards, alone or with others; ends and limits of the settings do not count."""
+    monkeypatch.setattr(engine, "_ends", [])
+    for limit in (1, 7):
+        monkeypatch.setattr(engine, "_settings", dataclasses.replace(engine._settings, max_new_tokens=limit))
+        for asked in (requests(prompts()[:1]), requests(prompts()[:3], num_samples=2)):
+            assert engine.generate(asked, engine._version).usage.decode_steps == limit
+
+
+def test_responses_that_wait_for_each_other_take_more_forwards_than_the_longest(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_settings", dataclasses.replace(engine._settings, temperature=1.0, max_new_tokens=150))
+    rng = np.random.default_rng(5)
+    asked = requests([rng.integers(5, 300, 200).astype(np.int32) for _ in range(48)])  # 9,600 tokens, cache of 8,192
+    answer = engine.generate(asked, engine._version)
+    longest = max(len(rollout.response_ids) for rollout in answer.rollouts)
+    assert longest + 1 < answer.usage.decode_steps < sum(len(rollout.response_ids) for rollout in answer.rollouts)
+    assert answer.usage.peak_rss_mib > 100
+    assert answer.usage.peak_device_mib == 0
 
 
 def test_a_tensor_damaged_on_the_way_is_found_by_its_checksum(engine, model):
@@ -165,7 +187,7 @@ def test_an_adapter_needs_an_engine_that_takes_one(engine, model):
         sync(engine, model, 8, {}, adapter={"r": 4})
 
 
-def test_after_an_update_of_another_shape_the_engine_samples_no_more(engine, model):
+def test_after_an_update_of_another_shape_the_engine_takes_and_gives_nothing(engine, model):
     """Last, since vLLM cannot mend a half-loaded model."""
     weights = as_saved(model)
     weights["model.norm.weight"] = torch.ones(65)
@@ -173,3 +195,5 @@ def test_after_an_update_of_another_shape_the_engine_samples_no_more(engine, mod
         sync(engine, model, 9, weights)
     with pytest.raises(StaleWeightsError, match="holds weights version -1"):
         engine.generate(requests(prompts()), 7)
+    with pytest.raises(HalfUpdatedError, match="cannot take weights version 10"):
+        sync(engine, model, 10, as_saved(model))

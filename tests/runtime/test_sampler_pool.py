@@ -14,7 +14,8 @@ import torch
 
 from raylign.config import load_config
 from raylign.errors import ModelError, ResourceError, SamplerError, StaleWeightsError
-from raylign.runtime.sampler_engine import EngineFacts, EngineNotStartedError
+from raylign.runtime.sampler_engine import EngineFacts, EngineNotStartedError, HalfUpdatedError
+from raylign.runtime.sampler_usage import EngineAnswer, SamplerUsage
 from raylign.runtime.weight_sync import EngineReport, Probe, WeightUpdate, unpack_bucket
 from raylign.types import Rollout, SampleRequest
 
@@ -26,7 +27,8 @@ CONTEXT = 64
 class FakeEngine:
     """Answers with its weight "w"; every process takes its orders from a line of the file `lives`.
 
-    Orders: ok, die, hang, fail, refuse (a raylign error), corrupt, die_in_sync, refuse_start, slow_start.
+    Orders: ok, die, hang, fail, refuse (a raylign error), corrupt, die_in_sync, stumble (a raylign error halfway
+    through an update), refuse_start, slow_start. Its forwards are three per request, its memory 100 MiB per request.
     """
 
     def __init__(self, directory: str, lives: tuple[str, ...]) -> None:
@@ -48,7 +50,7 @@ class FakeEngine:
         self.version = 0
         return EngineFacts(node="fake", pid=os.getpid(), context=CONTEXT, vllm_version="0")
 
-    def generate(self, requests: list[SampleRequest], version: int) -> list[Rollout]:
+    def generate(self, requests: list[SampleRequest], version: int) -> EngineAnswer:
         if self.version is None:
             raise EngineNotStartedError("new process")
         if version != self.version:
@@ -63,7 +65,7 @@ class FakeEngine:
             raise KeyError("out of luck")
         if self.order == "refuse":
             raise ModelError("no such prompt")
-        return [
+        rollouts = [
             Rollout(
                 prompt_index=request.prompt_index,
                 sample_index=request.sample_index,
@@ -75,12 +77,18 @@ class FakeEngine:
             )
             for request in requests
         ]
+        return EngineAnswer(rollouts=rollouts, usage=usage(3 * len(requests), 100.0 * len(requests)))
 
     def apply_update(self, header: Any, buckets: list[Any]) -> EngineReport:
         import ray
 
         if self.order == "die_in_sync":
             os._exit(1)
+        if self.version == -1:
+            raise HalfUpdatedError("a part of an earlier update")
+        if self.order == "stumble":
+            self.version = -1
+            raise SamplerError("vLLM cannot load this")
         tensors, found = unpack_bucket(ray.get(buckets[0]))
         self.weight = float(tensors["w"])
         self.version = header.version
@@ -88,11 +96,20 @@ class FakeEngine:
             found["w"] ^= 1
         logps = np.full(len(header.probe_ids) - 1, -self.weight, np.float32)
         return EngineReport(
-            version=header.version, dtype="float32", checksums=(found,), not_loaded=(), probe_logps=logps
+            version=header.version,
+            dtype="float32",
+            checksums=(found,),
+            not_loaded=(),
+            probe_logps=logps,
+            usage=usage(1, 50.0),
         )
 
     def end_process(self) -> None:
         os._exit(1)
+
+
+def usage(steps: int, mib: float) -> SamplerUsage:
+    return SamplerUsage(decode_steps=steps, peak_rss_mib=mib, peak_device_mib=mib / 10)
 
 
 def update(version: int, weight: float) -> WeightUpdate:
@@ -152,6 +169,15 @@ def test_rollouts_come_in_the_order_of_the_requests_with_the_last_version(start)
     assert pool.generate([]) == []
 
 
+def test_usage_is_that_of_the_engine_with_the_most_in_the_last_call(start):
+    pool = start("ok", num_engines=2)
+    assert pool.usage == SamplerUsage()
+    pool.generate(requests())  # shares of 6 and 4
+    assert pool.usage == usage(18, 600.0)
+    pool.sync(update(1, 0.5))
+    assert pool.usage == usage(1, 50.0)
+
+
 def test_a_pool_works_where_it_was_sent(start):
     import ray
 
@@ -205,6 +231,18 @@ def test_an_engine_that_died_while_idle_gets_its_weights_back(start):
 def test_an_engine_that_dies_in_a_sync_is_replaced(start):
     pool = start("die_in_sync", "ok")
     assert pool.sync(update(1, 0.5)).version == 1
+    assert answers(pool.generate(requests())) == expected(0.5)
+
+
+def test_an_engine_that_holds_half_an_update_is_replaced_at_the_next(start, caplog):
+    pool = start("stumble", "ok")
+    with pytest.raises(SamplerError, match="vLLM cannot load this"):
+        pool.sync(update(1, 0.25))
+    assert pool.num_restarts == 0
+    before = pool._facts[0].pid
+    pool.sync(update(2, 0.5))
+    assert (pool.num_restarts, pool._facts[0].pid == before) == (1, False)
+    assert "failed while receiving weights (HalfUpdatedError" in caplog.text
     assert answers(pool.generate(requests())) == expected(0.5)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raylign.errors import ShapeError, StaleWeightsError
+from raylign.runtime.sampler_usage import SamplerUsage
 from raylign.runtime.weight_sync import (
     EngineReport,
     Probe,
@@ -33,7 +34,12 @@ PROBE = Probe(token_ids=(5, 6, 7), token_logps=np.array([-1.0, -2.0], np.float32
 
 def report(**changes) -> EngineReport:
     good = EngineReport(
-        version=3, dtype="float32", checksums=({"a": 1, "b": 2},), not_loaded=(), probe_logps=PROBE.token_logps.copy()
+        version=3,
+        dtype="float32",
+        checksums=({"a": 1, "b": 2},),
+        not_loaded=(),
+        probe_logps=PROBE.token_logps.copy(),
+        usage=SamplerUsage(),
     )
     return dataclasses.replace(good, **changes)
 
