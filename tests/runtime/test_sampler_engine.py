@@ -75,9 +75,8 @@ def test_responses_depend_on_their_seed_not_on_their_company(engine, monkeypatch
     monkeypatch.setattr(engine, "_settings", dataclasses.replace(engine._settings, temperature=1.0))
     asked = requests(prompts(), num_samples=3)
     together = [rollout.response_ids.tolist() for rollout in engine.generate(asked, engine._version).rollouts]
-    reverse = [rollout.response_ids.tolist() for rollout in engine.generate(asked[::-1], engine._version).rollouts][
-        ::-1
-    ]
+    backwards = engine.generate(asked[::-1], engine._version).rollouts
+    reverse = [rollout.response_ids.tolist() for rollout in backwards][::-1]
     alone = [engine.generate([request], engine._version).rollouts[0].response_ids.tolist() for request in asked[:4]]
     assert together == reverse
     assert together[:4] == alone
