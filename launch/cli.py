@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from raylign import __version__
-from raylign.config import RunConfig, load_config, to_yaml
+from raylign.config import RunConfig, load_config, merge_config, to_yaml
 from raylign.errors import ConfigError, RaylignError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -144,12 +144,36 @@ def compare(path: str, overrides: tuple[str, ...], verbose: bool) -> None:
 @main.command()
 @config_options
 def check(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
-    """Validate a configuration, the data path and the model directory without starting Ray."""
+    """Validate a configuration, the data path and the model directory without starting Ray.
+
+    A file with a section compare is checked method by method.
+    """
+    if "compare" in merge_config(None if path is None else shipped(path), overrides):
+        _check_comparison(path, overrides, print_config)
+        return
     config = resolve(path, overrides, print_config)
     from raylign.runtime.check import check_config
 
     for line in check_config(config):
         click.echo(line)
+    click.echo("ok")
+
+
+def _check_comparison(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Check, or print, what each method runs with the first seed; other seeds differ in nothing else."""
+    from raylign.compare_config import load_comparison
+
+    comparison = load_comparison(None if path is None else shipped(path), overrides)
+    trials = [trial for trial in comparison.trials if trial.seed == comparison.compare.seeds[0]]
+    if print_config:
+        click.echo("---\n".join(f"# {trial.method}\n{to_yaml(trial.config)}" for trial in trials), nl=False)
+        return
+    from raylign.runtime.check import check_config
+
+    for trial in trials:
+        click.echo(trial.method)
+        for line in check_config(trial.config):
+            click.echo(f"  {line}")
     click.echo("ok")
 
 

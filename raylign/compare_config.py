@@ -10,9 +10,11 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from raylign.config import RunConfig, Section, idle_keys, load_config, merge_config, without_idle
+from raylign.cost.projection import SIZES
 from raylign.errors import ConfigError
 
-_OWN_KEYS = ("run.", "data.", "features.", "reward.", "evaluate.", "tracking.")
+_OWN_KEYS = ("run.", "policy.", "data.", "features.", "reward.", "evaluate.", "resources.", "tracking.", "cost.")
+DRIFT_KEYS = ("drift_prompts", "drift_candidates")
 
 
 class CompareSection(Section):
@@ -22,7 +24,7 @@ class CompareSection(Section):
         description="name -> dotted keys of that method; everything else is shared", min_length=2
     )
     seeds: list[int] = Field([0, 1, 2], description="seeds of training, sampling and evaluation prompts", min_length=1)
-    baseline: str = Field("dpo", description="method whose cost the others' extra cost is counted from")
+    baseline: str = Field("dpo", description="offline method whose cost the others' extra cost is counted from")
     rerank: str = Field("rerank", description="method whose extra cost is the denominator of the overhead ratio")
     num_points: int = Field(2, ge=1, description="checkpoints of every run that are evaluated, the last among them")
     target: float = Field(0.2, gt=0, lt=1, description="violation rate on harmful prompts whose cost is looked up")
@@ -79,22 +81,53 @@ def load_comparison(path: str | Path | None = None, overrides: Sequence[str] = (
     except ValidationError as error:
         found = "; ".join(f"compare.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(found) from None
-    for role in ("baseline", "rerank"):
-        if getattr(compare, role) not in compare.methods:
-            raise ConfigError(
-                f"compare.{role}={getattr(compare, role)!r} is none of compare.methods ({', '.join(compare.methods)})"
-            )
+    _check_section(compare)
+    load_config(values={name: content for name, content in merged.items() if not isinstance(content, Mapping)})
     trials = tuple(
         Trial(method=method, seed=seed, config=_trial_config(merged, method, keys, seed))
         for seed in compare.seeds
         for method, keys in compare.methods.items()
     )
     _check_shared(merged, trials)
+    kinds = {trial.method: trial.config.train.method for trial in trials}
+    if kinds[compare.baseline] != "offline":
+        raise ConfigError(
+            f"compare.baseline={compare.baseline!r} has train.method={kinds[compare.baseline]}; extra costs are "
+            "counted from a method with train.method=offline"
+        )
     return Comparison(base=load_config(values=without_idle(merged)), compare=compare, trials=trials)
 
 
+def _check_section(compare: CompareSection) -> None:
+    """Refuse names and numbers that contradict each other."""
+    for role in ("baseline", "rerank"):
+        if getattr(compare, role) not in compare.methods:
+            raise ConfigError(
+                f"compare.{role}={getattr(compare, role)!r} is none of compare.methods ({', '.join(compare.methods)})"
+            )
+    if compare.baseline == compare.rerank:
+        raise ConfigError(
+            f"compare.baseline and compare.rerank are both {compare.rerank!r}, which costs nothing more than itself; "
+            "name two methods"
+        )
+    repeated = sorted({seed for seed in compare.seeds if compare.seeds.count(seed) > 1})
+    if repeated:
+        raise ConfigError(
+            f"compare.seeds={compare.seeds} names {', '.join(map(str, repeated))} more than once; a run that is "
+            "counted twice is no second measurement"
+        )
+    unknown = [size for size in compare.projections if size not in SIZES]
+    if unknown:
+        raise ConfigError(
+            f"compare.projections: sizes {', '.join(unknown)} are not known; projections exist for {', '.join(SIZES)}"
+        )
+
+
 def _check_shared(merged: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-    """Refuse a shared key that no method reads."""
+    """Refuse a shared key that neither a method nor the comparison itself reads."""
+    for name in DRIFT_KEYS:
+        if name in merged.get("evaluate", {}):
+            raise ConfigError(f"evaluate.{name} is set but a comparison measures no drift; remove it")
     for section, content in merged.items():
         for name in content:
             if all(f"{section}.{name}" in idle_keys(trial.config) for trial in trials):

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from launch.cli import main
 from raylign.compare_config import load_comparison
+from raylign.config import load_config
 from raylign.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[1] / "launch" / "configs" / "compare_tiny.yaml"
@@ -55,6 +58,30 @@ def test_the_shipped_comparison_has_four_methods_and_three_seeds() -> None:
             r"methods\.x: online\.num_rounds is set",
         ),
         ({"compare": {"methods": {**METHODS, "x": {"beta": 9}}}}, r"'beta' must look like section\.key"),
+        *(
+            ({"compare": {"methods": {**METHODS, "x": {key: value}}}}, rf"x sets {key}, which all methods must share")
+            for key, value in {
+                "policy.model": "other",
+                "policy.dtype": "float32",
+                "policy.adapter": "lora",
+                "resources.num_workers": 2,
+                "cost.prices": {"cpu": 1},
+            }.items()
+        ),
+        ({"compare": {"methods": METHODS, "seeds": [1, 2, 1]}}, r"compare\.seeds=\[1, 2, 1\] names 1 more than once"),
+        (
+            {"compare": {"methods": METHODS, "projections": ["7B", "9B"]}},
+            r"compare\.projections: sizes 9B are not known",
+        ),
+        ({"compare": {"methods": METHODS, "baseline": "online"}}, r"baseline='online' has train\.method=online_dpo"),
+        ({"compare": {"methods": METHODS, "baseline": "rerank"}}, r"baseline and compare\.rerank are both 'rerank'"),
+        ({"evaluate": {"drift_prompts": 8}}, r"evaluate\.drift_prompts is set but a comparison measures no drift"),
+        (
+            {"evaluate": {"drift_candidates": 4}},
+            r"evaluate\.drift_candidates is set but a comparison measures no drift",
+        ),
+        ({"online": None}, r"^online=None: Input should be a valid dictionary"),
+        ({"evaluate": 3}, r"^evaluate=3: Input should be a valid dictionary"),
         ({"compare": {"methods": METHODS, "seed": [1]}}, r"compare\.seed: Extra inputs"),
         ({"compare": 3}, r"needs a section compare"),
     ],
@@ -62,3 +89,44 @@ def test_the_shipped_comparison_has_four_methods_and_three_seeds() -> None:
 def test_what_is_refused_is_named(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_comparison(write(tmp_path, **sections))
+
+
+def test_an_empty_section_is_refused_as_in_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as of_comparison:
+        load_comparison(write(tmp_path, online=None))
+    file = tmp_path / "run.yaml"
+    file.write_text("online:\n")
+    with pytest.raises(ConfigError) as of_run:
+        load_config(file)
+    assert str(of_comparison.value) == str(of_run.value)
+
+
+def test_prices_reach_the_comparison(tmp_path: Path) -> None:
+    comparison = load_comparison(write(tmp_path, cost={"prices": {"cpu": 0.05}, "currency": "EUR"}))
+    assert (comparison.base.cost.prices, comparison.base.cost.currency) == ({"cpu": 0.05}, "EUR")
+
+
+def test_check_looks_at_every_method_once() -> None:
+    result = CliRunner().invoke(main, ["check", "--config", SHIPPED.name])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [*shipped_methods(), "ok"]
+    after_online = lines[lines.index("online_dpo") + 1 : lines.index("policy_gradient")]
+    assert any(line.startswith("  method   online dpo") for line in after_online)
+
+
+def test_check_prints_the_configuration_of_every_method() -> None:
+    result = CliRunner().invoke(main, ["check", "--config", SHIPPED.name, "--print-config", "compare.seeds=[7, 8]"])
+    assert result.exit_code == 0, result.output
+    runs = list(yaml.safe_load_all(result.output))
+    assert [run["run"]["name"] for run in runs] == [f"{name}-seed7" for name in shipped_methods()]
+
+
+def test_check_refuses_what_compare_refuses() -> None:
+    result = CliRunner().invoke(main, ["check", "--config", SHIPPED.name, "compare.seeds=[1, 1]"])
+    assert result.exit_code == 2
+    assert "compare.seeds=[1, 1] names 1 more than once" in result.output
+
+
+def shipped_methods() -> list[str]:
+    return list(yaml.safe_load(SHIPPED.read_text())["compare"]["methods"])
