@@ -43,7 +43,8 @@ class MethodResult:
         kind: `train.method`.
         totals: of one run with everything that it needs, by seed.
         phases: cost by ledger phase ("generate", "policy_update", ...), by seed.
-        fingerprint: of what makes costs comparable.
+        fingerprint: of what makes costs comparable; "" when the rows of its ledgers differ in it.
+        num_killed: ledger rows, over all seeds, in which a session was killed; those of shared phases once.
     """
 
     name: str
@@ -52,6 +53,7 @@ class MethodResult:
     totals: tuple[Cost, ...]
     phases: tuple[Mapping[str, Cost], ...]
     fingerprint: str
+    num_killed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class ComparisonResult:
         target: violation rate whose cost is looked up.
         projections: model sizes that FLOPs are projected to.
         projection_settings: of the refresh that is projected.
+        prices: per device-hour by kind, None when none are given.
+        currency: of the prices.
     """
 
     name: str
@@ -79,6 +83,8 @@ class ComparisonResult:
     target: float
     projections: tuple[str, ...]
     projection_settings: ProjectionSettings
+    prices: Mapping[str, float] | None = None
+    currency: str = ""
 
 
 def comparison_json(result: ComparisonResult) -> dict[str, Any]:

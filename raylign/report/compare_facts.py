@@ -19,6 +19,8 @@ from raylign.cost.compare import (
     overhead_ratio,
 )
 from raylign.cost.projection import ProjectionRow, project
+from raylign.cost.rows import money
+from raylign.errors import DataError
 from raylign.report.data import NotMeasured
 from raylign.types import Interval
 
@@ -62,6 +64,7 @@ class MethodCosts:
         synced_bytes: bytes of weights sent to samplers.
         peak_rss_mib: largest resident memory of a process.
         peak_device_mib: largest device memory of a process.
+        money: price of the device-seconds; None when no prices are given.
     """
 
     name: str
@@ -75,6 +78,7 @@ class MethodCosts:
     synced_bytes: Spread
     peak_rss_mib: Spread
     peak_device_mib: Spread
+    money: Spread | NotMeasured | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +151,7 @@ def derive(result: ComparisonResult) -> ComparisonFacts:
     kinds = tuple(dict.fromkeys(kind for m in result.methods for cost in m.totals for kind in cost.device_s))
     return ComparisonFacts(
         kinds=kinds,
-        costs=tuple(_costs(method, baseline, kinds) for method in result.methods),
+        costs=tuple(_costs(method, baseline, kinds, result.prices) for method in result.methods),
         phases={kind: _phases(result.methods, kind) for kind in kinds},
         ratios=tuple(
             row
@@ -174,7 +178,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean=math.fsum(values) / len(values), low=min(values), high=max(values))
 
 
-def _costs(method: MethodResult, baseline: MethodResult, kinds: Sequence[str]) -> MethodCosts:
+def _costs(
+    method: MethodResult, baseline: MethodResult, kinds: Sequence[str], prices: Mapping[str, float] | None
+) -> MethodCosts:
     counts = [cost.counts for cost in method.totals]
     flops = spread([c.flops for c in counts])
     is_baseline = method.name == baseline.name
@@ -195,7 +201,16 @@ def _costs(method: MethodResult, baseline: MethodResult, kinds: Sequence[str]) -
         synced_bytes=spread([c.synced_bytes for c in counts]),
         peak_rss_mib=spread([cost.peak_rss_mib for cost in method.totals]),
         peak_device_mib=spread([cost.peak_device_mib for cost in method.totals]),
+        money=None if prices is None else _money(method, prices),
     )
+
+
+def _money(method: MethodResult, prices: Mapping[str, float]) -> Spread | NotMeasured:
+    """Price of whole runs."""
+    try:
+        return spread([money(cost.device_s, prices) for cost in method.totals])
+    except DataError:  # a missing price must not cost the report
+        return NotMeasured(reason="cost.prices lacks a kind of device")
 
 
 def _device_s(method: MethodResult, kind: str) -> tuple[float, ...]:

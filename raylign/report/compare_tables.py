@@ -120,6 +120,8 @@ def cost_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
     ]
     if any(costs.peak_device_mib.high for costs in facts.costs):
         lines.append(("Peak device memory of a process", "peak_device_mib", format_mib))
+    if result.prices is not None:
+        lines.append((f"Price, {result.currency}", "money", format_money))
     rows: list[tuple[Cell, ...]] = []
     for label, place, form in lines:
         field, _, kind = place.partition(".")
@@ -140,8 +142,19 @@ def cost_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
             f"Mean over {_seeds(result)} [least, most]; one value where all seeds agree. A run is charged with the "
             "shared phases that it needs. Device-seconds are reserved devices times wall seconds, idle time included.",
             "FLOPs and tokens count real tokens of models; FLOPs follow from formulas and are not divided.",
+            *_killed_notes(result),
         ),
     )
+
+
+def _killed_notes(result: ComparisonResult) -> list[str]:
+    killed = [f"{method.name} {method.num_killed}" for method in result.methods if method.num_killed]
+    if not killed:
+        return []
+    return [
+        f"Ledger rows of killed sessions, over all seeds: {', '.join(killed)}. They count up to their last sign of "
+        "life; what was done again after a resume is paid twice, and spreads and ratios hold it."
+    ]
 
 
 def phase_tables(result: ComparisonResult, facts: ComparisonFacts) -> list[Table]:
@@ -186,6 +199,8 @@ def ratio_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
         f"sides were measured on equal settings over at least {MIN_SEEDS} seeds, with Fieller's 95 % interval; a lower "
         f"bound when {result.rerank} may cost nothing extra. What a fresh pair costs over a "
         "re-weighted one takes interleaved updates, which a comparison does not run.",
+        "The shared phases (ingest, features, reward) ran once and enter every seed as the same number: the interval "
+        "does not hold their variation.",
     ]
     if not facts.ratios:
         notes.insert(0, str(NotMeasured(reason="no online method was compared")))
@@ -310,6 +325,11 @@ def format_seconds(value: float) -> str:
 def format_extra(value: float) -> str:
     """Device-seconds more or less than something else."""
     return f"{value:+,.1f}"
+
+
+def format_money(value: float) -> str:
+    """An amount; small ones with three digits."""
+    return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def format_count(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from raylign.compare_config import Comparison, Trial
+from raylign.compare_config import DRIFT_KEYS, Comparison, Trial
 from raylign.config import RunConfig, check_devices
 from raylign.cost.projection import ProjectionSettings
 from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
@@ -168,7 +168,7 @@ def _evaluate(
     config = comparison.base.evaluate
     key = {
         "models": {name: model_fingerprint(model) for name, model in models.items()},
-        "evaluate": config.model_dump(exclude={"num_actors", "batch_size"}),
+        "evaluate": config.model_dump(exclude={"num_actors", "batch_size", *DRIFT_KEYS}),
         **evaluation_inputs(config),
         "seed": seed,
     }
@@ -236,7 +236,8 @@ def _collect(
                 points=points,
                 totals=tuple(total(rows) + total_reused(rows) for rows in runs),
                 phases=tuple(totals(rows, by="phase") for rows in runs),
-                fingerprint=runs[0][-1].fingerprint,
+                fingerprint=common_fingerprint(row for rows in runs for row in rows),
+                num_killed=len({row.id for rows in runs for row in rows if not row.is_finished}),
             )
         )
     return ComparisonResult(
@@ -249,7 +250,15 @@ def _collect(
         target=comparison.compare.target,
         projections=tuple(comparison.compare.projections),
         projection_settings=PROJECTED,
+        prices=comparison.base.cost.prices,
+        currency=comparison.base.cost.currency,
     )
+
+
+def common_fingerprint(rows: Iterable[LedgerRow]) -> str:
+    """What all rows were measured on; "" when they differ, or when one does not say."""
+    found = {row.fingerprint for row in rows}
+    return found.pop() if len(found) == 1 else ""
 
 
 def shared_phases(config: RunConfig) -> frozenset[str]:

@@ -149,3 +149,17 @@ def test_comparison_json_is_json(result):
     assert "different settings" in content["derived"]["ratios"][0]["ratio"]["not_measured"]
     assert content["methods"][1]["name"] == "rerank"
     assert {row["label"] for row in content["derived"]["projection"]} == {"projection"}
+
+
+def test_money_is_the_price_of_whole_runs(result):
+    """20, 21 and 22 cpu-seconds at 36 an hour: 0.01 a second."""
+    facts = derive(dataclasses.replace(by_hand(result), prices={"cpu": 36.0}))
+    assert facts.costs[0].money == Spread(mean=pytest.approx(0.21), low=pytest.approx(0.2), high=pytest.approx(0.22))
+    assert derive(result).costs[0].money is None
+
+
+def test_a_kind_without_a_price_has_no_money(result):
+    mixed = with_method(by_hand(result), "online_dpo", totals=totals(1, 2, 3, kind="H200"))
+    costs = derive(dataclasses.replace(mixed, prices={"cpu": 36.0})).costs
+    assert isinstance(costs[2].money, NotMeasured) and "lacks a kind" in costs[2].money.reason
+    assert isinstance(costs[1].money, Spread)

@@ -140,6 +140,30 @@ def test_all_that_was_promised_is_there(html, result):
     assert "was not reached" in text
 
 
+def test_prices_are_shown_per_run(result):
+    priced = dataclasses.replace(result, prices={"cpu": 40.0}, currency="EUR")
+    page = Page(render_comparison(priced))
+    assert_numbers_are_those_of(page, json.loads(json.dumps(comparison_json(priced), allow_nan=False)))
+    assert sum(key.endswith(".money") for key, _ in page.cells) == len(METHODS)
+    assert re.search(r"^Price, EUR +1\.\d\d \[", comparison_text(priced), re.MULTILINE)
+    assert "Price" not in comparison_text(result)
+    unpriced = comparison_text(dataclasses.replace(result, prices={"H200": 4.0}, currency="EUR"))
+    assert "not measured: cost.prices lacks a kind of device" in unpriced
+
+
+@pytest.mark.parametrize("render", [comparison_text, lambda result: Page(render_comparison(result)).text])
+def test_killed_sessions_are_told(result, render):
+    assert "killed sessions" not in render(result)
+    text = " ".join(render(with_method(result, "online_dpo", num_killed=3)).split())
+    assert "Ledger rows of killed sessions, over all seeds: online_dpo 3." in text
+
+
+@pytest.mark.parametrize("render", [comparison_text, lambda result: Page(render_comparison(result)).text])
+def test_the_interval_says_what_it_leaves_out(result, render):
+    text = " ".join(render(result).split())
+    assert "enter every seed as the same number: the interval does not hold their variation" in text
+
+
 def test_significant_changes_are_marked(result):
     lines = comparison_text(result).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("Over-refusal"))
