@@ -6,7 +6,6 @@ engines, lets them sample, has the responses scored and writes the round; then a
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +20,17 @@ import ray.train
 import ray.train.collective
 
 from raylign import errors
-from raylign.cost.flops import Work, pair_work, sequence_work
+from raylign.cost.flops import Work
 from raylign.cost.ledger import Entry, measured
 from raylign.cost.shapes import forward_flops
 from raylign.errors import CheckpointError, RaylignError, SamplerError, TrainingError
 from raylign.runtime.prompts import read_prompts
 from raylign.runtime.reporter import Reporter
+from raylign.runtime.round_facts import forward_work, round_facts, sample_requests, sampling_counts, sampling_flops
 from raylign.runtime.sampler import SamplerPool
 from raylign.runtime.train_worker import WorkerTask, final_error, load_policy_forward, start_worker, update_costs
-from raylign.runtime.weight_sync import Probe, SyncReport, WeightUpdate
-from raylign.types import Rollout, SampleRequest, ScoredRollout, TokenizedPair
+from raylign.runtime.weight_sync import Probe, WeightUpdate
+from raylign.types import Rollout, ScoredRollout, TokenizedPair
 
 if TYPE_CHECKING:
     from raylign.training.micro_batches import Packing
@@ -344,82 +344,8 @@ class RoundOpener:
         return replace(round_, facts={**round_.facts, **facts})
 
 
-def sample_requests(prompts: Sequence[np.ndarray], rows: np.ndarray, index: int, config: Any) -> list[SampleRequest]:
-    """K requests for each prompt of a round, prompts in a row.
-
-    Args:
-        prompts: token ids of all prompts.
-        rows: of the prompts of the round. Shape (P,).
-        index: of the round; the same prompt in another round gets other random streams.
-        config: of the run, for the number of samples and the seed.
-    """
-    requests = []
-    for position, row in enumerate(rows):
-        for sample in range(config.online.num_samples):
-            name = f"{config.run.seed}:{index}:{row}:{sample}".encode()
-            # 31 bits, which every random generator takes
-            seed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
-            requests.append(
-                SampleRequest(prompt_index=position, sample_index=sample, prompt_ids=prompts[row], seed=seed)
-            )
-    return requests
-
-
-def sampling_counts(rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Counts of one call for responses, for the ledger; prompts count once per response."""
-    return {
-        "prompt_tokens": sum(len(rollout.prompt_ids) for rollout in rollouts),
-        "generated_tokens": sum(len(rollout.response_ids) for rollout in rollouts),
-        "num_items": len(rollouts),
-    }
-
-
-def sampling_flops(rollouts: Sequence[Rollout], flops: Callable[[Work], int]) -> int:
-    """Model FLOPs of sampling responses, each after its own prompt; what a prefix cache saves is not known."""
-    lengths = ((len(rollout.prompt_ids), len(rollout.response_ids)) for rollout in rollouts)
-    return sum(flops(sequence_work(prompt + response, scored_tokens=response)) for prompt, response in lengths)
-
-
-def forward_work(rollouts: Sequence[Rollout]) -> Work:
-    """Work of a forward over responses, two to a prompt at a time; an odd one stands alone.
-
-    Args:
-        rollouts: the responses to a prompt in a row.
-    """
-    by_prompt: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        by_prompt.setdefault(rollout.prompt_index, []).append(rollout)
-    work = Work()
-    for members in by_prompt.values():
-        prompt, lengths = len(members[0].prompt_ids), [len(rollout.response_ids) for rollout in members]
-        for first, second in zip(lengths[::2], lengths[1::2], strict=False):
-            work += pair_work(prompt, first, second, is_shared=True)
-        if len(lengths) % 2:
-            work += sequence_work(prompt + lengths[-1], scored_tokens=lengths[-1])
-    return work
-
-
 def unwrapped(state: TrainerState) -> Any:
     """The model below the trainer's wrappers."""
     from raylign.training.parallel import unwrap
 
     return unwrap(state.policy).model
-
-
-def round_facts(scored: Sequence[ScoredRollout], sync: SyncReport) -> dict[str, float]:
-    """Metrics of a round under the names of the field."""
-    rewards = np.array([item.reward for item in scored])
-    lengths = np.array([len(item.rollout.response_ids) for item in scored])
-    logps = np.array([item.rollout.sampler_logps.sum() for item in scored])
-    reference = np.array([item.reference_token_logps.sum() for item in scored])
-    return {
-        "critic/score/mean": float(rewards.mean()),
-        "critic/score/std": float(rewards.std()),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/clip_ratio": float(np.mean([not item.rollout.reached_end for item in scored])),
-        "sampler/reference_kl": float((logps - reference).mean()),
-        "sync/seconds": sync.seconds,
-        "sync/bytes": sync.num_bytes,
-        "sync/version": sync.version,
-        "sync/probe_kl": sync.probe_kl,
-    }
