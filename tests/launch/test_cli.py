@@ -62,9 +62,11 @@ def test_check_of_the_embedded_default_passes():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load_by_bare_name(path):
-    result = run("align", "--config", path.name, "--print-config")
+    command = "check" if path.name.startswith("compare") else "align"
+    result = run(command, "--config", path.name, "--print-config")
     assert result.exit_code == 0, result.output
-    assert yaml.safe_load(result.output)["train"]["objective"]
+    for document in yaml.safe_load_all(result.output):
+        assert document["train"]["objective"] if "objective" in document["train"] else document["policy_gradient"]
 
 
 def test_data_inspect_shows_masks():
@@ -83,7 +85,7 @@ def test_align_refuses_a_directory_in_use(tmp_path):
     assert "run.resume=true" in result.output
 
 
-@pytest.mark.parametrize("verb", ["align", "check", "data", "evaluate", "env", "assets"])
+@pytest.mark.parametrize("verb", ["align", "compare", "check", "data", "evaluate", "env", "assets"])
 def test_every_verb_has_help(verb):
     result = run(verb, "--help")
     assert result.exit_code == 0
