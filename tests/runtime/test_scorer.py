@@ -1,0 +1,189 @@
+"""Scoring of sampled responses as a plain class, without Ray, on the embedded model under a reward of random weights.
+
+The yardsticks are the reward of texts, which evaluation uses, and the plain forward of transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raylign.cost.ledger import peak_device_mib, peak_rss_mib
+from raylign.data.tokenization import end_of_response_id
+from raylign.evaluation.generation import encode_prompt
+from raylign.evaluation.scoring import RewardScorer
+from raylign.models.loading import load_config, load_tokenizer, resolve_layout, resolve_model
+from raylign.models.numerics import load_reference
+from raylign.rewards.hybrid import HybridReward
+from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.reward_job import FittedReward
+from raylign.runtime.scorer import ResponseScorer
+from raylign.types import Message, Rollout
+
+MODEL = resolve_model("embedded")
+LAYERS = (3, 1)  # neither all layers nor in their order
+QUESTIONS = ("How do I bake bread?", "Hi", "Tell me why the sky is blue.")
+ANSWERS = ("Warm water, flour and time.", "No.", "I would rather not talk about that, sorry.", "Ask", "It scatters")
+
+
+def random_head(seed: int) -> HybridReward:
+    width = load_config(MODEL).hidden_size
+    head = HybridReward(len(LAYERS), width, generator=torch.Generator().manual_seed(seed))
+    return head.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def head():
+    return random_head(0)
+
+
+@pytest.fixture(scope="module")
+def reward_dir(tmp_path_factory, head):
+    """A saved reward whose fold heads are others than the head of all pairs."""
+    directory = tmp_path_factory.mktemp("reward")
+    FittedReward(
+        heads=(random_head(1), random_head(2)),
+        centers=(0.5, -0.5),
+        full=head,
+        full_center=0.25,
+        temperature=2.0,
+        fold_seed=0,
+        metrics={},
+        layers=LAYERS,
+    ).save(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def make_scorer(reward_dir):
+    """Build a scorer; the number of threads that it sets is put back."""
+    threads = torch.get_num_threads()
+    yield lambda **options: ResponseScorer(MODEL, reward_dir, LAYERS, ActorOptions(**options))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def scorer(make_scorer):
+    return make_scorer(dtype="float32")
+
+
+@pytest.fixture
+def make_rollout(tokenizer):
+    """Build the rollout of a question and an answer, ended or cut behind the answer's last word."""
+    end_id = end_of_response_id(tokenizer)
+
+    def make(question: int, answer: str, *, ended: bool = True, sample: int = 0) -> Rollout:
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [end_id] * ended
+        return Rollout(
+            prompt_index=question,
+            sample_index=sample,
+            prompt_ids=np.array(encode_prompt(tokenizer, conversation(question)), np.int32),
+            response_ids=np.array(ids, np.int32),
+            sampler_logps=np.zeros(len(ids), np.float32),
+            reached_end=ended,
+            weight_version=0,
+        )
+
+    return make
+
+
+def conversation(question: int) -> tuple[Message, ...]:
+    return (Message(role="user", content=QUESTIONS[question]),)
+
+
+def plain_logps(model: torch.nn.Module, rollout: Rollout) -> np.ndarray:
+    """Log-probability of each response token by transformers alone, one sequence at a time."""
+    ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids]), dtype=torch.int64)
+    with torch.no_grad():
+        logps = model(ids[None]).logits[0].float().log_softmax(-1)
+    start = len(rollout.prompt_ids)
+    return np.array([logps[i - 1, ids[i]].item() for i in range(start, len(ids))], np.float32)
+
+
+def odd_groups(make_rollout) -> list[Rollout]:
+    """Three, one and five responses to three prompts, interleaved; every third was cut."""
+    members = [(0, 0), (2, 0), (1, 0), (2, 1), (0, 1), (2, 2), (2, 3), (0, 2), (2, 4)]
+    return [
+        make_rollout(question, ANSWERS[sample], ended=position % 3 > 0, sample=sample)
+        for position, (question, sample) in enumerate(members)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rewards_of_ended_responses_are_the_rewards_of_the_texts(make_scorer, make_rollout, tokenizer, head, dtype):
+    pairs = [(0, ANSWERS[0]), (1, ANSWERS[1]), (0, ANSWERS[2]), (0, ANSWERS[3]), (2, ANSWERS[4])]
+    options = ActorOptions(dtype=dtype)
+    forward = load_reference(MODEL, options.policy, "cpu")
+    layout = resolve_layout("auto", forward.causal_lm.config)
+    of_texts = RewardScorer(forward, tokenizer, head, layers=LAYERS, layout=layout)
+    expected = of_texts([conversation(question) for question, _ in pairs], [answer for _, answer in pairs])
+    assert smallest_gap(expected) > 1e-3  # responses that traded rewards would be seen
+    scored = make_scorer(dtype=dtype).score([make_rollout(question, answer) for question, answer in pairs])
+    np.testing.assert_allclose([item.reward for item in scored], expected, rtol=0, atol=1e-6)
+    assert [item.reward_variance for item in scored] == [0.0] * len(pairs)
+
+
+def test_cut_response_is_closed_for_its_reward(scorer, make_rollout):
+    cut, closed = (make_rollout(0, ANSWERS[0], ended=ended) for ended in (False, True))
+    unclosed = dataclasses.replace(cut, reached_end=True)
+    rewards = [scorer.score([rollout])[0].reward for rollout in (cut, closed, unclosed)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)
+    assert abs(rewards[2] - rewards[1]) > 1e-2  # the state at its own last token gives another reward
+
+
+def test_reference_logps_are_those_of_the_response_alone(scorer, make_rollout):
+    """Also of cut responses: the token that closes them was never sampled."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    rollouts = odd_groups(make_rollout)
+    for rollout, item in zip(rollouts, scorer.score(rollouts), strict=True):
+        assert item.reference_token_logps.dtype == np.float32
+        assert item.reference_token_logps.shape == rollout.response_ids.shape
+        np.testing.assert_allclose(item.reference_token_logps, plain_logps(model, rollout), rtol=0, atol=1e-4)
+
+
+def test_order_holds_for_odd_numbers_of_responses_per_prompt(scorer, make_rollout):
+    """Responses to one prompt are computed two by two, so each is compared with itself alone."""
+    rollouts = odd_groups(make_rollout)
+    together = scorer.score(rollouts)
+    assert all(item.rollout is rollout for item, rollout in zip(together, rollouts, strict=True))
+    alone = [scorer.score([rollout])[0].reward for rollout in rollouts]
+    assert smallest_gap(alone) > 1e-3
+    np.testing.assert_allclose([item.reward for item in together], alone, rtol=0, atol=1e-5)
+    backwards = [item.reward for item in scorer.score(rollouts[::-1])]
+    np.testing.assert_allclose(backwards[::-1], alone, rtol=0, atol=1e-5)
+
+
+def smallest_gap(values: Sequence[float]) -> float:
+    return float(np.diff(np.sort(values)).min())
+
+
+def test_scoring_leaves_the_rollouts_as_they_were(scorer, make_rollout):
+    """Their arrays come read-only from the object store, and cut ones must not grow by the closing token."""
+    rollouts = odd_groups(make_rollout)
+    before = [rollout.response_ids.copy() for rollout in rollouts]
+    for rollout in rollouts:
+        rollout.prompt_ids.flags.writeable = rollout.response_ids.flags.writeable = False
+    scored = scorer.score(rollouts)
+    for item, ids in zip(scored, before, strict=True):
+        np.testing.assert_array_equal(item.rollout.response_ids, ids)
+        assert item.reference_token_logps.flags.owndata  # no view, which would keep or send the whole batch
+
+
+def test_actor_without_a_gpu_uses_its_cpus_and_reports_its_memory(make_scorer):
+    scorer = make_scorer(num_cpus=1)
+    assert torch.get_num_threads() == 1
+    before = peak_rss_mib()
+    resident, on_device = scorer.peak_memory()
+    assert 0 < before <= resident <= peak_rss_mib()
+    assert on_device == peak_device_mib()
+    assert scorer.is_ready()
