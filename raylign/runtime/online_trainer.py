@@ -140,11 +140,11 @@ def _check_start(directory: Path, config: RunConfig, identity: Mapping[str, Any]
 
 
 def _prompt_room(config: RunConfig, model: str) -> int | None:
-    """Tokens that a prompt may have so that a response of full length fits behind it."""
+    """Tokens that a prompt may have so that a response of full length and its end token fit behind it."""
     from raylign.models.loading import context_length, load_config
 
     context = context_length(load_config(model, trust_remote_code=config.policy.trust_remote_code))
-    return None if context is None else context - config.sampler.max_new_tokens
+    return None if context is None else context - config.sampler.max_new_tokens - 1
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What scores sampled responses: the run's reward and the frozen reference, from one forward.
 
 The reward is the one that re-ranks stored pairs: the head of all training pairs, on the reference's states at the end
-of the response. A response that the length limit cut is closed with the end-of-response token for the reward, as stored
-responses are; the log-probabilities are those of its own tokens.
+of the response. A response that the length limit cut, or another stop token ended, is closed with the end-of-response
+token for the reward, as stored responses are; the log-probabilities are those of its own tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.types import Rollout, ScoredRollout
 
 if TYPE_CHECKING:
+    from raylign.evaluation.scoring import ScoredResponses
     from raylign.runtime.evaluators import ActorOptions
 
 
@@ -54,20 +55,20 @@ class ResponseScorer:
         """Score responses, in their order."""
         import torch
 
-        from raylign.evaluation.scoring import score_responses
-
-        closed = [
-            rollout.response_ids if rollout.reached_end else np.append(rollout.response_ids, self._end_id)
-            for rollout in rollouts
+        prompts = [rollout.prompt_ids for rollout in rollouts]
+        responses = [rollout.response_ids for rollout in rollouts]
+        cut = [
+            np.append(ids, self._end_id) if not r.reached_end else ids
+            for r, ids in zip(rollouts, responses, strict=True)
         ]
-        found = score_responses(
-            self._forward,
-            [rollout.prompt_ids for rollout in rollouts],
-            closed,
-            layout=self._layout,
-            pad_token_id=self._pad_id,
-            layers=self._layers,
-        )
+        found = self._forward_of(prompts, cut)
+        # another stop token in the end token's place: its own log-probability is wanted, its state is not
+        others = [row for row, ids in enumerate(cut) if ids[-1] != self._end_id]
+        if others:
+            closed = [np.append(cut[row][:-1], self._end_id) for row in others]
+            states = self._forward_of([prompts[row] for row in others], closed).states
+            assert found.states is not None and states is not None
+            found.states[others] = states
         assert found.states is not None
         with torch.no_grad():
             rewards = self._head(found.states.to(self._device)).double().cpu().numpy()
@@ -80,6 +81,13 @@ class ResponseScorer:
             )
             for rollout, reward, logps in zip(rollouts, rewards, found.token_logps, strict=True)
         ]
+
+    def _forward_of(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> ScoredResponses:
+        from raylign.evaluation.scoring import score_responses
+
+        return score_responses(
+            self._forward, prompts, responses, layout=self._layout, pad_token_id=self._pad_id, layers=self._layers
+        )
 
     def peak_memory(self) -> tuple[float, float]:
         """Largest resident and largest device memory of this process since its start, MiB."""

@@ -187,3 +187,13 @@ def test_actor_without_a_gpu_uses_its_cpus_and_reports_its_memory(make_scorer):
     assert 0 < before <= resident <= peak_rss_mib()
     assert on_device == peak_device_mib()
     assert scorer.is_ready()
+
+
+def test_a_response_that_another_stop_token_ended_has_the_reward_of_its_text(scorer, make_rollout):
+    ended, other = make_rollout(0, ANSWERS[0]), make_rollout(0, ANSWERS[0])
+    other.response_ids[-1] = 4
+    wanted, found = scorer.score([ended, other])
+    assert found.reward == pytest.approx(wanted.reward, abs=1e-5)
+    np.testing.assert_allclose(found.reference_token_logps[:-1], wanted.reference_token_logps[:-1], atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    np.testing.assert_allclose(found.reference_token_logps, plain_logps(model, other), atol=1e-4)
