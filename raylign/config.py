@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from raylign.config_effects import TEXT_REWARDS, check_devices, check_effects, idle_keys
 from raylign.config_sections import (
     EMBEDDED,
+    BrmeSection,
     ConfidenceSection,
     CostSection,
     DataSection,
@@ -26,7 +28,9 @@ from raylign.config_sections import (
     PolicyGradientSection,
     PolicySection,
     ResourcesSection,
+    RewardModelSection,
     RewardSection,
+    RobustSection,
     RunSection,
     SamplerSection,
     Section,
@@ -37,6 +41,8 @@ from raylign.errors import ConfigError
 
 __all__ = [
     "EMBEDDED",
+    "TEXT_REWARDS",
+    "BrmeSection",
     "ConfidenceSection",
     "CostSection",
     "DataSection",
@@ -46,7 +52,9 @@ __all__ = [
     "PolicyGradientSection",
     "PolicySection",
     "ResourcesSection",
+    "RewardModelSection",
     "RewardSection",
+    "RobustSection",
     "RunConfig",
     "RunSection",
     "SamplerSection",
@@ -72,6 +80,9 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     features: FeaturesSection = FeaturesSection()
     reward: RewardSection = RewardSection()
+    brme: BrmeSection = BrmeSection()
+    reward_model: RewardModelSection = RewardModelSection()
+    robust: RobustSection = RobustSection()
     confidence: ConfidenceSection = ConfidenceSection()
     train: TrainSection = TrainSection()
     online: OnlineSection = OnlineSection()
@@ -98,99 +109,19 @@ class RunConfig(Section):
         defaults: dict[str, Any] = {"learning_rate": step}
         if train.get("method") == "online_dpo":
             defaults["objective"] = "dpo"
-        return {**values, "train": {**defaults, **train}}
+        filled = {**values, "train": {**defaults, **train}}
+        reward, evaluate, robust = (values.get(name, {}) for name in ("reward", "evaluate", "robust"))
+        if not all(isinstance(section, Mapping) for section in (reward, evaluate, robust)):
+            return filled
+        is_read = train.get("method", "offline") != "offline" or evaluate.get("best_of", 1) != 1
+        if reward.get("kind") == "brme" and is_read:
+            filled["robust"] = {"rule": "brme", **robust}
+        return filled
 
     @model_validator(mode="after")
     def _keys_have_effect(self) -> RunConfig:
         check_effects(self)
         return self
-
-
-def check_effects(config: RunConfig) -> None:
-    """Refuse keys that were set but that the chosen method never reads.
-
-    Raises:
-        ConfigError: naming the key, the choice that makes it idle, and the choice that would read it.
-    """
-    for key, cure in idle_keys(config).items():
-        section, _, name = key.partition(".")
-        if name in getattr(config, section).model_fields_set:
-            raise ConfigError(f"{key} is set but has no effect here; remove it or {cure}")
-    if config.data.prompt_limit >= config.data.max_length:
-        raise ConfigError(
-            f"data.max_prompt_length={config.data.max_prompt_length} leaves no room for an answer "
-            f"within data.max_length={config.data.max_length}"
-        )
-    if config.resources.gpus_per_worker not in (0, 1):
-        raise ConfigError(
-            f"resources.gpus_per_worker={config.resources.gpus_per_worker:g} must be 0 or 1: "
-            "one process drives one GPU; use more workers (resources.num_workers)"
-        )
-    if config.train.method == "online_dpo" and config.train.objective == "label_confidence":
-        raise ConfigError(
-            "train.objective=label_confidence weighs stored labels; pairs sampled online are ordered by the reward "
-            "itself: use dpo, cdpo, rdpo or ipo, or train.method=offline"
-        )
-    if config.train.method == "policy_gradient" and (config.sampler.temperature, config.sampler.top_p) != (1.0, 1.0):
-        raise ConfigError(
-            f"sampler.temperature={config.sampler.temperature:g} and sampler.top_p={config.sampler.top_p:g} must both "
-            "be 1 for train.method=policy_gradient: other values sample from another policy than the trained one"
-        )
-    if config.evaluate.best_of > 1 and config.evaluate.temperature == 0:
-        raise ConfigError(
-            f"evaluate.best_of={config.evaluate.best_of} needs evaluate.temperature above 0: "
-            "greedy answers are all alike"
-        )
-    if config.data.valid_fraction + config.data.test_fraction >= 1:
-        raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
-
-
-def idle_keys(config: RunConfig) -> dict[str, str]:
-    """Keys that the chosen method does not read, each with the change that would make it read."""
-    train, confidence, policy = config.train, config.confidence, config.policy
-    idle: dict[str, str] = {}
-
-    def reads(is_read: bool, section: str, names: Sequence[str], cure: str) -> None:
-        if not is_read:
-            idle.update({f"{section}.{name}": cure for name in names if f"{section}.{name}" not in idle})
-
-    is_offline, is_gradient = train.method == "offline", train.method == "policy_gradient"
-    uses_confidence = train.objective == "label_confidence" and is_offline
-    online = "set train.method=online_dpo or policy_gradient"
-    reads(not is_offline, "online", list(OnlineSection.model_fields), online)
-    reads(not is_offline, "sampler", list(SamplerSection.model_fields), online)
-    reads(not is_gradient, "train", ["objective", "beta"], "use policy_gradient.beta, or another train.method")
-    reads(is_gradient, "policy_gradient", list(PolicyGradientSection.model_fields), "set train.method=policy_gradient")
-    reads(train.method == "online_dpo", "online", ["reference", "pairs"], "set train.method=online_dpo")
-    has_values = config.policy_gradient.advantage == "gae"
-    value_keys = ["gae_lambda", "value_learning_rate", "value_clip"]
-    reads(has_values, "policy_gradient", value_keys, "set policy_gradient.advantage=gae")
-    reads(not has_values, "policy_gradient", ["group_scale"], "set policy_gradient.advantage=group")
-    reads(is_offline, "train", ["epochs", "max_steps"], "use online.num_rounds and online.round_epochs")
-    on_gpu = config.sampler.gpus_per_engine > 0
-    reads(on_gpu, "sampler", ["gpu_memory_utilization"], "set sampler.gpus_per_engine above 0")
-    reads(not on_gpu, "sampler", ["cache_mib"], "set sampler.gpus_per_engine=0")
-    reads(train.objective in ("cdpo", "rdpo"), "train", ["label_smoothing"], "set train.objective=cdpo or rdpo")
-    reads(train.objective == "ipo", "train", ["ipo_tau"], "set train.objective=ipo")
-    reads(train.objective != "ipo", "train", ["beta"], "use train.ipo_tau, which is what ipo reads")
-    reads(uses_confidence, "confidence", list(ConfidenceSection.model_fields), "set train.objective=label_confidence")
-    live = confidence.source == "live"
-    reads(live, "confidence", ["level", "track"], "set confidence.source=live")
-    reads(live and confidence.track != "none", "confidence", ["track_learning_rate"], "set confidence.track=anchor")
-    reads(live and confidence.track == "anchor", "confidence", ["track_batch_size"], "set confidence.track=anchor")
-    squashed = confidence.squash == "sigmoid"
-    reads(not squashed, "confidence", ["temperature"], "set confidence.squash=none")
-    reads(squashed, "confidence", ["alpha", "center"], "set confidence.squash=sigmoid")
-    has_ema = live and squashed and confidence.center == "ema"
-    reads(has_ema, "confidence", ["center_decay"], "set confidence.source=live and confidence.center=ema")
-    reads(config.data.format in ("auto", "pku"), "data", ["prefer"], "set data.format=auto or pku")
-    has_steps = config.reward.epochs > 0
-    head_steps = ["batch_size", "learning_rate"]
-    reads(has_steps, "reward", head_steps, "set reward.epochs above 0")
-    reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
-    reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
-    reads(config.cost.prices is not None, "cost", ["currency"], "set cost.prices")
-    return idle
 
 
 class _Unchecked(RunConfig):
@@ -330,24 +261,3 @@ def to_yaml(config: RunConfig) -> str:
         section, _, name = key.partition(".")
         del content[section][name]
     return yaml.safe_dump({k: v for k, v in content.items() if v}, sort_keys=False, allow_unicode=True)
-
-
-def check_devices(config: RunConfig) -> None:
-    """Refuse a whole run whose parts would compute in different number types.
-
-    Raises:
-        ConfigError: some run on GPUs, some do not, and the type is left to each.
-    """
-    sampler = config.sampler
-    gpus = {
-        "features.gpus_per_actor": config.features.gpus_per_actor,
-        "resources.gpus_per_worker": config.resources.gpus_per_worker,
-    }
-    if config.train.method != "offline":
-        gpus |= {"sampler.gpus_per_engine": sampler.gpus_per_engine, "sampler.scorer_gpus": sampler.scorer_gpus}
-    if len({number > 0 for number in gpus.values()}) > 1 and config.policy.dtype == "auto":
-        shown = ", ".join(f"{key}={number:g}" for key, number in gpus.items())
-        raise ConfigError(
-            f"parts of the run are on different devices ({shown}), where policy.dtype=auto would mean two number "
-            "types; set policy.dtype=float32 or bfloat16"
-        )

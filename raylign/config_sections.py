@@ -80,8 +80,23 @@ class FeaturesSection(Section):
 
 
 class RewardSection(Section):
-    """The hybrid layer-mixture probe (arXiv:2503.10093)."""
+    """The reward model: probes on the policy's hidden states, or fine-tuned or foreign classifiers of texts."""
 
+    kind: Literal["hybrid", "ensemble", "brme", "laplace", "lora_ensemble", "warm", "external"] = Field(
+        "hybrid",
+        description="probe on hidden states (arXiv:2503.10093), several of them, Gaussian heads, a Laplace posterior of "
+        "a linear probe; or classifiers of texts: LoRA members, their average, or one of yours",
+    )
+    num_heads: int = Field(
+        5, ge=1, description="members: heads, adapters, or the draws that show a Laplace posterior's spread"
+    )
+    head_data: Literal["bootstrap", "shards", "all"] = Field(
+        "bootstrap",
+        description="pairs of a member: Poisson(1) weights, all but one of num_heads parts, or all (own start only)",
+    )
+    standardize: bool = Field(
+        True, description="shift and scale members alike on validation pairs, so that their minimum means something"
+    )
     folds: int = Field(
         5,
         ge=1,
@@ -96,6 +111,58 @@ class RewardSection(Section):
     bce_weight: float = Field(1.0, ge=0, description="weight of the calibration anchor (E3); 0 drops it")
     margin_target: float = Field(1.0, ge=0, description="margin asked for by the pair loss (E2), reward units")
     train_probes: bool = Field(True, description="train probes and vote; False trains the vote alone")
+    prior_precision: Annotated[float, Field(gt=0)] | Literal["fitted"] = Field(
+        "fitted", description="Gaussian prior of the Laplace probe; 'fitted' by the likelihood of validation pairs"
+    )
+
+
+class BrmeSection(Section):
+    """The second stage of BRME (arXiv:2409.15360): Gaussian heads fitted to the standardised first-stage reward."""
+
+    loss: Literal["gaussian_nll", "beta_nll", "mse_reparam", "mse_reparam_kl", "margin_mse", "purm"] = Field(
+        "gaussian_nll", description="mse_reparam is the paper's, whose sigma goes to its floor; purm reads pairs alone"
+    )
+    epochs: int = Field(20, ge=1, description="passes over the pairs")
+    batch_size: int = Field(32, ge=1, description="pairs of one step")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW step")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    sigma_floor: float = Field(1e-3, gt=0, description="smallest standard deviation of a head, reward units")
+
+
+class RewardModelSection(Section):
+    """A reward model that reads texts: LoRA members fine-tuned from the policy, or a sequence classifier of yours."""
+
+    model: str | None = Field(None, description="HF sequence classifier (directory or hub id) of reward.kind=external")
+    label: str | None = Field(None, description="its output that is the reward; needed when it has several")
+    is_cost: bool = Field(False, description="its output is a cost, above 0 unsafe; the reward is minus the cost")
+    lora_rank: int = Field(8, ge=1, description="rank of a member's adapter")
+    lora_alpha: int = Field(16, ge=1, description="scale of the adapter is lora_alpha / lora_rank")
+    diversity_weight: float = Field(
+        0.0, ge=0, description="pull of members away from each other (normalised nuclear norm, arXiv:2401.00243)"
+    )
+    epochs: int = Field(1, ge=1, description="passes over a member's training pairs")
+    batch_size: int = Field(16, ge=1, description="pairs of one step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak step of AdamW, linear decay")
+    batch_tokens: int = Field(4096, ge=64, description="token budget of one forward")
+
+
+class RobustSection(Section):
+    """How the members' rewards of a response become the one that online training and best-of-n maximise."""
+
+    rule: Literal["mean", "min", "uwo", "lcb", "cvar", "entropic", "brme"] = Field(
+        "mean", description="rule over members; unless set, brme when reward.kind=brme"
+    )
+    w_nominal: float = Field(
+        0.2, ge=0, le=1, description="weight of the most confident head against the minimum (brme)"
+    )
+    set_type: Literal["heads_pointwise", "heads_global"] = Field(
+        "heads_pointwise",
+        description="minimum per response (min, brme), or the one head that is worst on average over the round",
+    )
+    uncertainty_weight: float = Field(0.5, ge=0, description="weight of the members' variance (uwo)")
+    lcb_k: float = Field(1.0, ge=0, description="standard deviations below the mean (lcb)")
+    cvar_level: float = Field(0.4, gt=0, le=1, description="share of the lowest members that is averaged (cvar)")
+    entropic_b: float = Field(1.0, gt=0, description="risk temperature, towards the minimum at 0 (entropic)")
 
 
 class ConfidenceSection(Section):

@@ -1,0 +1,198 @@
+"""Which keys of a configuration have an effect together: what one choice makes idle, and what does not fit.
+
+No torch, no ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from raylign.config_sections import (
+    BrmeSection,
+    ConfidenceSection,
+    OnlineSection,
+    PolicyGradientSection,
+    RewardModelSection,
+    RobustSection,
+    SamplerSection,
+)
+from raylign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raylign.config import RunConfig
+
+TEXT_REWARDS = ("lora_ensemble", "warm", "external")  # kinds that read texts instead of cached hidden states
+RULE_KEYS = {
+    "brme": "w_nominal",
+    "uwo": "uncertainty_weight",
+    "lcb": "lcb_k",
+    "cvar": "cvar_level",
+    "entropic": "entropic_b",
+}
+
+
+def check_effects(config: RunConfig) -> None:
+    """Refuse keys that were set but that the chosen method never reads.
+
+    Raises:
+        ConfigError: naming the key, the choice that makes it idle, and the choice that would read it.
+    """
+    for key, cure in idle_keys(config).items():
+        section, _, name = key.partition(".")
+        if name in getattr(config, section).model_fields_set:
+            raise ConfigError(f"{key} is set but has no effect here; remove it or {cure}")
+    if config.data.prompt_limit >= config.data.max_length:
+        raise ConfigError(
+            f"data.max_prompt_length={config.data.max_prompt_length} leaves no room for an answer "
+            f"within data.max_length={config.data.max_length}"
+        )
+    if config.resources.gpus_per_worker not in (0, 1):
+        raise ConfigError(
+            f"resources.gpus_per_worker={config.resources.gpus_per_worker:g} must be 0 or 1: "
+            "one process drives one GPU; use more workers (resources.num_workers)"
+        )
+    if config.train.method == "online_dpo" and config.train.objective == "label_confidence":
+        raise ConfigError(
+            "train.objective=label_confidence weighs stored labels; pairs sampled online are ordered by the reward "
+            "itself: use dpo, cdpo, rdpo or ipo, or train.method=offline"
+        )
+    if config.train.method == "policy_gradient" and (config.sampler.temperature, config.sampler.top_p) != (1.0, 1.0):
+        raise ConfigError(
+            f"sampler.temperature={config.sampler.temperature:g} and sampler.top_p={config.sampler.top_p:g} must both "
+            "be 1 for train.method=policy_gradient: other values sample from another policy than the trained one"
+        )
+    if config.evaluate.best_of > 1 and config.evaluate.temperature == 0:
+        raise ConfigError(
+            f"evaluate.best_of={config.evaluate.best_of} needs evaluate.temperature above 0: "
+            "greedy answers are all alike"
+        )
+    if config.data.valid_fraction + config.data.test_fraction >= 1:
+        raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
+    _check_reward(config)
+
+
+def _check_reward(config: RunConfig) -> None:
+    """Refuse reward models and rules over their members that do not fit together."""
+    reward, robust, confidence = config.reward, config.robust, config.confidence
+    if reward.kind == "external" and config.reward_model.model is None:
+        raise ConfigError("reward.kind=external needs reward_model.model, the directory of a sequence classifier")
+    if robust.rule == "brme" and reward.kind != "brme":
+        raise ConfigError(
+            f"robust.rule=brme needs heads that state their own sigma, reward.kind={reward.kind} has none: "
+            "use min, or reward.kind=brme"
+        )
+    if not reward.standardize and reward.bce_weight == 0 and reward.kind == "ensemble" and robust.rule != "mean":
+        raise ConfigError(
+            f"robust.rule={robust.rule} compares members whose zero nothing ties together: keep "
+            "reward.standardize=true, or give reward.bce_weight a value above 0"
+        )
+    if robust.set_type == "heads_global" and config.evaluate.best_of > 1:
+        raise ConfigError(
+            "robust.set_type=heads_global picks one head for a whole round, best-of-n has no rounds: "
+            "use evaluate.best_of=1 or robust.set_type=heads_pointwise"
+        )
+    if confidence.source == "live" and reward.kind in TEXT_REWARDS:
+        raise ConfigError(
+            f"confidence.source=live reads the policy's hidden states, reward.kind={reward.kind} reads texts: "
+            "use confidence.source=fixed or another reward.kind"
+        )
+    if confidence.track != "none" and reward.kind not in ("hybrid", "ensemble"):
+        raise ConfigError(
+            f"confidence.track={confidence.track} lets probes follow the states, reward.kind={reward.kind} has none "
+            "that one step can move: use confidence.track=none or reward.kind=hybrid or ensemble"
+        )
+
+
+def idle_keys(config: RunConfig) -> dict[str, str]:
+    """Keys that the chosen method does not read, each with the change that would make it read."""
+    train, confidence, policy = config.train, config.confidence, config.policy
+    idle: dict[str, str] = {}
+
+    def reads(is_read: bool, section: str, names: Sequence[str], cure: str) -> None:
+        if not is_read:
+            idle.update({f"{section}.{name}": cure for name in names if f"{section}.{name}" not in idle})
+
+    is_offline, is_gradient = train.method == "offline", train.method == "policy_gradient"
+    uses_confidence = train.objective == "label_confidence" and is_offline
+    online = "set train.method=online_dpo or policy_gradient"
+    reads(not is_offline, "online", list(OnlineSection.model_fields), online)
+    reads(not is_offline, "sampler", list(SamplerSection.model_fields), online)
+    reads(not is_gradient, "train", ["objective", "beta"], "use policy_gradient.beta, or another train.method")
+    reads(is_gradient, "policy_gradient", list(PolicyGradientSection.model_fields), "set train.method=policy_gradient")
+    reads(train.method == "online_dpo", "online", ["reference", "pairs"], "set train.method=online_dpo")
+    has_values = config.policy_gradient.advantage == "gae"
+    value_keys = ["gae_lambda", "value_learning_rate", "value_clip"]
+    reads(has_values, "policy_gradient", value_keys, "set policy_gradient.advantage=gae")
+    reads(not has_values, "policy_gradient", ["group_scale"], "set policy_gradient.advantage=group")
+    reads(is_offline, "train", ["epochs", "max_steps"], "use online.num_rounds and online.round_epochs")
+    on_gpu = config.sampler.gpus_per_engine > 0
+    reads(on_gpu, "sampler", ["gpu_memory_utilization"], "set sampler.gpus_per_engine above 0")
+    reads(not on_gpu, "sampler", ["cache_mib"], "set sampler.gpus_per_engine=0")
+    reads(train.objective in ("cdpo", "rdpo"), "train", ["label_smoothing"], "set train.objective=cdpo or rdpo")
+    reads(train.objective == "ipo", "train", ["ipo_tau"], "set train.objective=ipo")
+    reads(train.objective != "ipo", "train", ["beta"], "use train.ipo_tau, which is what ipo reads")
+    reads(uses_confidence, "confidence", list(ConfidenceSection.model_fields), "set train.objective=label_confidence")
+    live = confidence.source == "live"
+    reads(live, "confidence", ["level", "track"], "set confidence.source=live")
+    reads(live and confidence.track != "none", "confidence", ["track_learning_rate"], "set confidence.track=anchor")
+    reads(live and confidence.track == "anchor", "confidence", ["track_batch_size"], "set confidence.track=anchor")
+    squashed = confidence.squash == "sigmoid"
+    reads(not squashed, "confidence", ["temperature"], "set confidence.squash=none")
+    reads(squashed, "confidence", ["alpha", "center"], "set confidence.squash=sigmoid")
+    has_ema = live and squashed and confidence.center == "ema"
+    reads(has_ema, "confidence", ["center_decay"], "set confidence.source=live and confidence.center=ema")
+    reads(config.data.format in ("auto", "pku"), "data", ["prefer"], "set data.format=auto or pku")
+    _add_idle_reward(config, reads)
+    reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
+    reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
+    reads(config.cost.prices is not None, "cost", ["currency"], "set cost.prices")
+    return idle
+
+
+def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
+    """Keys of the reward that its kind and its rule do not read."""
+    kind, robust, is_offline = config.reward.kind, config.robust, config.train.method == "offline"
+    has_members, is_fine_tuned = kind not in ("hybrid", "warm", "external"), kind in ("lora_ensemble", "warm")
+    has_probes = kind in ("hybrid", "ensemble", "brme")
+    another = "use another reward.kind than"
+    reads(kind not in ("hybrid", "external"), "reward", ["num_heads"], "set reward.kind=ensemble")
+    reads((has_members and kind != "laplace") or kind == "warm", "reward", ["head_data"], "set reward.kind=ensemble")
+    reads(kind in ("ensemble", "lora_ensemble"), "reward", ["standardize"], "set reward.kind=ensemble")
+    reads(kind != "external", "reward", ["folds", "max_pairs"], f"{another} external")
+    probe_steps = ["epochs", "weight_decay", "bce_weight", "margin_target", "train_probes"]
+    reads(has_probes, "reward", [*probe_steps, "batch_size", "learning_rate"], f"{another} {kind}")
+    reads(config.reward.epochs > 0, "reward", ["batch_size", "learning_rate"], "set reward.epochs above 0")
+    reads(kind not in TEXT_REWARDS, "reward", ["ridge"], f"{another} {kind}")
+    reads(kind == "laplace", "reward", ["prior_precision"], "set reward.kind=laplace")
+    reads(kind == "brme", "brme", list(BrmeSection.model_fields), "set reward.kind=brme")
+    reads(kind == "external", "reward_model", ["model", "label", "is_cost"], "set reward.kind=external")
+    reads(kind in TEXT_REWARDS, "reward_model", ["batch_tokens"], "set reward.kind=lora_ensemble, warm or external")
+    reads(is_fine_tuned, "reward_model", list(RewardModelSection.model_fields)[3:-1], "set reward.kind=lora_ensemble")
+    is_aggregated = not is_offline or config.evaluate.best_of > 1
+    reads(is_aggregated, "robust", list(RobustSection.model_fields), "set evaluate.best_of above 1 or an online method")
+    reads(has_members, "robust", list(RobustSection.model_fields), "set reward.kind=ensemble")
+    reads(robust.rule in ("min", "brme") and not is_offline, "robust", ["set_type"], "set robust.rule=min or brme")
+    for rule, key in RULE_KEYS.items():
+        reads(robust.rule == rule, "robust", [key], f"set robust.rule={rule}")
+
+
+def check_devices(config: RunConfig) -> None:
+    """Refuse a whole run whose parts would compute in different number types.
+
+    Raises:
+        ConfigError: some run on GPUs, some do not, and the type is left to each.
+    """
+    sampler = config.sampler
+    gpus = {
+        "features.gpus_per_actor": config.features.gpus_per_actor,
+        "resources.gpus_per_worker": config.resources.gpus_per_worker,
+    }
+    if config.train.method != "offline":
+        gpus |= {"sampler.gpus_per_engine": sampler.gpus_per_engine, "sampler.scorer_gpus": sampler.scorer_gpus}
+    if len({number > 0 for number in gpus.values()}) > 1 and config.policy.dtype == "auto":
+        shown = ", ".join(f"{key}={number:g}" for key, number in gpus.items())
+        raise ConfigError(
+            f"parts of the run are on different devices ({shown}), where policy.dtype=auto would mean two number "
+            "types; set policy.dtype=float32 or bfloat16"
+        )
