@@ -84,8 +84,8 @@ class RewardSection(Section):
 
     kind: Literal["hybrid", "ensemble", "brme", "laplace", "lora_ensemble", "warm", "external"] = Field(
         "hybrid",
-        description="probe on hidden states (arXiv:2503.10093), several of them, Gaussian heads, a Laplace posterior of "
-        "a linear probe; or classifiers of texts: LoRA members, their average, or one of yours",
+        description="probe on hidden states (arXiv:2503.10093), several of them, Gaussian heads, a Laplace posterior "
+        "of a linear probe; or classifiers of texts: LoRA members, their average, or one of yours",
     )
     num_heads: int = Field(
         5, ge=1, description="members: heads, adapters, or the draws that show a Laplace posterior's spread"
