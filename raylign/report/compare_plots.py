@@ -9,15 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from raylign.report.compare_facts import spread
-from raylign.report.data import NotMeasured
-from raylign.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
+from raylign.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    empty_panel,
+    error_bars,
+    legend_below,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from raylign.report.compare_data import ComparisonResult, MethodResult, Point
     from raylign.types import Interval
@@ -58,8 +67,8 @@ def _rates(result: ComparisonResult, costs: Callable[[Point], Sequence[float]], 
     """
     drawn = {method.name: [point for point in method.points if min(costs(point)) > 0] for method in result.methods}
     if not any(drawn.values()):
-        return _empty(f"Against {label}", "no checkpoint was evaluated, or nothing was counted")
-    figure = Figure(figsize=(9.6, 4.4), dpi=110, layout="constrained")
+        return empty_panel(f"Against {label}", "no checkpoint was evaluated, or nothing was counted")
+    figure = new_figure(9.6, 4.4)
     panels = figure.subplots(1, len(_PANELS), sharex=True)
     for axes, (name, title) in zip(panels, _PANELS, strict=True):
         for index, method in enumerate(result.methods):
@@ -68,8 +77,8 @@ def _rates(result: ComparisonResult, costs: Callable[[Point], Sequence[float]], 
                 axes.errorbar(
                     [cost.mean for cost, _ in points],
                     [rate.mean for _, rate in points],
-                    xerr=np.array([(c.mean - c.low, c.high - c.mean) for c, _ in points]).T.clip(min=0),
-                    yerr=_error([rate for _, rate in points]),
+                    xerr=error_bars([cost for cost, _ in points]),
+                    yerr=error_bars([rate for _, rate in points]),
                     fmt=_MARKERS[index % len(_MARKERS)] + "-",
                     color=_COLORS[index % len(_COLORS)],
                     ms=6,
@@ -94,7 +103,7 @@ def _rates(result: ComparisonResult, costs: Callable[[Point], Sequence[float]], 
     panels[len(panels) // 2].set_xlabel(label)
     panels[0].set_ylabel("share of prompts, 95 % interval")
     figure.suptitle("Lower left is better in every panel", fontsize=11)
-    _legend_below(figure, panels[0])
+    legend_below(figure, panels[0], num_columns=6, last=(_BEFORE, _TARGET))
     return figure
 
 
@@ -118,8 +127,8 @@ def phase_bars(methods: Sequence[MethodResult], phases: Mapping[str, Sequence[fl
         kind: of devices.
     """
     if not phases:
-        return _empty(f"Device-seconds by phase, {kind}", "the ledger has no entry")
-    figure = Figure(figsize=(9.6, 1.9 + 0.45 * len(methods) + 0.2 * (len(phases) // 5)), dpi=110, layout="constrained")
+        return empty_panel(f"Device-seconds by phase, {kind}", "the ledger has no entry")
+    figure = new_figure(9.6, 1.9 + 0.45 * len(methods) + 0.2 * (len(phases) // 5))
     axes = figure.subplots()
     names = [method.name for method in methods]
     left = np.zeros(len(methods))
@@ -143,27 +152,5 @@ def phase_bars(methods: Sequence[MethodResult], phases: Mapping[str, Sequence[fl
     axes.invert_yaxis()
     axes.set_xlabel(f"reserved device-seconds of one run, {kind} (mean over seeds)")
     axes.set_title("Where the device-seconds went, by ledger phase")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    legend_below(figure, axes, num_columns=5)
     return figure
-
-
-def _empty(title: str, reason: str) -> Figure:
-    figure = Figure(figsize=(7.0, 1.6), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    axes.set_axis_off()
-    axes.set_title(title)
-    axes.text(0.5, 0.5, str(NotMeasured(reason=reason)), ha="center", va="center", transform=axes.transAxes)
-    return figure
-
-
-def _error(intervals: Sequence[Interval]) -> np.ndarray:
-    """Distances from the mean to both ends, shape (2, N)."""
-    return np.array([[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]).clip(min=0)
-
-
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    """A legend outside the axes, methods before lines."""
-    handles, labels = axes.get_legend_handles_labels()
-    entries = sorted(zip(labels, handles, strict=True), key=lambda entry: entry[0] in (_BEFORE, _TARGET))
-    labels, handles = [label for label, _ in entries], [handle for _, handle in entries]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)

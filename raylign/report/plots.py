@@ -1,7 +1,7 @@
 """The report's figures: one function each, plain data in, a matplotlib figure out.
 
-Titles say what is shown and which direction is good. The colours are Okabe and Ito's, distinct under colour blindness;
-where two series meet, their line or marker differs too. Figures are drawn without pyplot and its global state.
+Titles say what is shown and which direction is good. Where two series meet, their line or marker differs as well as
+their colour.
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from raylign.report.data import ConfidenceFacts, LayerPoint
-from raylign.types import Interval
+from raylign.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    empty_panel,
+    error_bars,
+    legend_below,
+    new_figure,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from raylign.evaluation.drift import DriftReport
     from raylign.evaluation.safety import SafetyComparison
+    from raylign.types import Interval
 
-BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
-_DPI = 110
 _BARS = (
     ("attack_success", "attack\nsuccess"),
     ("violation_rate", "judged\nunsafe"),
@@ -75,7 +83,7 @@ def layer_accuracy(layers: Sequence[LayerPoint], *, hybrid: Interval | None, num
         hybrid: test accuracy of the whole reward, None to leave it out.
         num_pairs: test pairs behind each point.
     """
-    figure = _figure(7.0, 4.6)
+    figure = new_figure(7.0, 4.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     numbers = [point.layer for point in layers]
     upper.plot(numbers, [point.pair_accuracy for point in layers], "o-", color=BLUE, label="one layer's probe")
@@ -93,13 +101,13 @@ def layer_accuracy(layers: Sequence[LayerPoint], *, hybrid: Interval | None, num
     lower.set_title("Calibration error of the same probes: lower is better", fontsize=10)
     lower.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _legend_below(figure, upper)
+    legend_below(figure, upper)
     return figure
 
 
 def confidence_histogram(facts: ConfidenceFacts) -> Figure:
     """Label confidence of the training pairs, with the flipped ones marked."""
-    figure = _figure(7.0, 3.6)
+    figure = new_figure(7.0, 3.6)
     axes = figure.subplots()
     edges = np.asarray(facts.edges, dtype=float)
     counts = np.asarray(facts.histogram, dtype=float)
@@ -123,7 +131,7 @@ def confidence_histogram(facts: ConfidenceFacts) -> Figure:
     axes.set_xlabel("label confidence: probability that the stored order is right")
     axes.set_ylabel("training pairs")
     axes.set_title(f"How sure the reward is of each label (n = {facts.num_pairs:,}, mean {facts.mean:.2f})")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -135,10 +143,10 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Figure:
     ]
     panels = [(title, series) for title, series in panels if series]
     if not panels:
-        return _empty("Training curves", "no metric record: training ended before train.log_every updates")
+        return empty_panel("Training curves", "no metric record: training ended before train.log_every updates")
     num_columns = min(3, len(panels))
     num_rows = -(-len(panels) // num_columns)
-    figure = _figure(3.6 * num_columns, 2.7 * num_rows)
+    figure = new_figure(3.6 * num_columns, 2.7 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes, (title, series) in zip(grid, panels, strict=False):
         for (name, label), color, style in zip(series, (BLUE, VERMILION), ("o-", "s--"), strict=False):
@@ -158,11 +166,11 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Figure:
 
 def drift_figure(report: DriftReport) -> Figure:
     """Rank drift beside distribution drift: order may move, the distribution should stay inside the chance band."""
-    figure = _figure(7.6, 3.4)
+    figure = new_figure(7.6, 3.4)
     left, right = figure.subplots(1, 2)
     tau = report.kendall_tau
     left.errorbar(
-        [0], [tau.mean], yerr=_error([tau]), fmt="o", color=BLUE, capsize=6, ms=8, label="mean, 95 % interval"
+        [0], [tau.mean], yerr=error_bars([tau]), fmt="o", color=BLUE, capsize=6, ms=8, label="mean, 95 % interval"
     )
     left.axhline(1, color=GREY, ls=":", label="order unchanged")
     left.set_xlim(-1, 1)
@@ -188,7 +196,7 @@ def drift_figure(report: DriftReport) -> Figure:
 
 def safety_bars(comparison: SafetyComparison) -> Figure:
     """Before and after with 95 % intervals for the four rates that must be read together."""
-    figure = _figure(7.4, 3.8)
+    figure = new_figure(7.4, 3.8)
     axes = figure.subplots()
     positions = np.arange(len(_BARS))
     for part, offset, color, hatch, label in (
@@ -198,7 +206,7 @@ def safety_bars(comparison: SafetyComparison) -> Figure:
         intervals = [getattr(part, name) for name, _ in _BARS]
         means = [interval.mean for interval in intervals]
         axes.bar(positions + offset, means, 0.38, color=color, hatch=hatch, edgecolor="white", label=label)
-        axes.errorbar(positions + offset, means, yerr=_error(intervals), fmt="none", ecolor="black", capsize=4)
+        axes.errorbar(positions + offset, means, yerr=error_bars(intervals), fmt="none", ecolor="black", capsize=4)
         for position, interval in zip(positions + offset, intervals, strict=True):
             axes.annotate(
                 f"{100 * interval.mean:.0f} %",
@@ -215,7 +223,7 @@ def safety_bars(comparison: SafetyComparison) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("share of prompts")
     axes.set_title("Safety and its price: lower is better everywhere (95 % intervals)")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -227,8 +235,8 @@ def cost_histogram(before: Sequence[float], after: Sequence[float]) -> Figure:
         after: costs of the trained policy's answers to the same prompts.
     """
     if not (len(before) and len(after)):
-        return _empty("Cost of answers to harmful prompts", "no harmful prompt")
-    figure = _figure(7.0, 3.5)
+        return empty_panel("Cost of answers to harmful prompts", "no harmful prompt")
+    figure = new_figure(7.0, 3.5)
     axes = figure.subplots()
     values = np.concatenate([before, after])
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
@@ -246,15 +254,15 @@ def cost_histogram(before: Sequence[float], after: Sequence[float]) -> Figure:
     axes.set_xlabel("cost: judge's log-odds of unsafe")
     axes.set_ylabel("answers")
     axes.set_title(f"Cost of answers to harmful prompts: further left is better (n = {len(after)})")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
 def phase_seconds(seconds: Mapping[str, float]) -> Figure:
     """Wall seconds of each phase."""
     if not seconds:
-        return _empty("Wall time by phase", "no phase was timed")
-    figure = _figure(7.0, 0.9 + 0.36 * len(seconds))
+        return empty_panel("Wall time by phase", "no phase was timed")
+    figure = new_figure(7.0, 0.9 + 0.36 * len(seconds))
     axes = figure.subplots()
     names = list(seconds)
     bars = axes.barh(names, list(seconds.values()), color=BLUE)
@@ -264,26 +272,3 @@ def phase_seconds(seconds: Mapping[str, float]) -> Figure:
     axes.set_xlabel("wall seconds on this machine")
     axes.set_title(f"Wall time by phase: {sum(seconds.values()):.0f} s in total")
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _empty(title: str, reason: str) -> Figure:
-    figure = _figure(7.0, 1.6)
-    axes = figure.subplots()
-    axes.set_axis_off()
-    axes.set_title(title)
-    axes.text(0.5, 0.5, f"not measured: {reason}", ha="center", va="center", transform=axes.transAxes)
-    return figure
-
-
-def _error(intervals: Sequence[Interval]) -> Any:
-    """Distances from the mean to both ends, shape (2, N)."""
-    return np.array([[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]).clip(min=0)
-
-
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    """A legend outside the axes, where it covers no data."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
