@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-from typing import Any
-
 from raylign.training.gradient import GradientSummary
+from raylign.training.metrics import SumWindow
 
 
-@dataclass
-class GradientWindow:
-    """Sums since the last record.
-
-    Attributes:
-        sums: by name.
-        num_tokens_seen: response tokens of the whole run.
-    """
-
-    sums: dict[str, float] = field(default_factory=dict)
-    num_tokens_seen: int = 0
-    _started: float = field(default_factory=time.monotonic)
+class GradientWindow(SumWindow):
+    """Sums over updates; the tokens are response tokens."""
 
     def add(self, summary: GradientSummary) -> None:
         """Count one update."""
-        now = time.monotonic()
-        totals = {**summary.sums, "responses": summary.num_responses, "updates": 1, "seconds": now - self._started}
+        totals = {**summary.sums, "responses": summary.num_responses}
         totals |= {"grad_norm": summary.grad_norm, "learning_rate": summary.learning_rate}
-        self._started = now
-        self.num_tokens_seen += int(summary.sums["tokens"])
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in totals.items()}
+        self._count(totals, num_tokens=int(summary.sums["tokens"]))
 
     def record(self, *, step: int, epoch: float) -> dict[str, float]:
         """The record of the window as it stands.
@@ -59,20 +43,3 @@ class GradientWindow:
             "num_tokens": self.num_tokens_seen,
             "perf/response_tokens_per_second": tokens / seconds,
         }
-
-    def clear(self) -> None:
-        """Start the next window."""
-        self.sums = {}
-
-    def restart_clock(self) -> None:
-        """Leave out of the rates what happened since the last update, for example sampling."""
-        self._started = time.monotonic()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"sums": dict(self.sums), "num_tokens_seen": self.num_tokens_seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.sums = dict(state["sums"])
-        self.num_tokens_seen = state["num_tokens_seen"]

@@ -13,20 +13,54 @@ from typing import Any
 from raylign.training.offline import UpdateSummary
 
 
-@dataclass
-class MetricWindow:
-    """Sums since the last record.
+@dataclass(kw_only=True)
+class SumWindow:
+    """Sums since the last record, and what a checkpoint keeps of them.
 
     Attributes:
-        has_confidence: whether the objective reads a label confidence.
         sums: by name.
-        num_tokens_seen: real tokens of the whole run.
+        num_tokens_seen: tokens of the whole run.
     """
 
-    has_confidence: bool
     sums: dict[str, float] = field(default_factory=dict)
     num_tokens_seen: int = 0
     _started: float = field(default_factory=time.monotonic)
+
+    def clear(self) -> None:
+        """Start the next window."""
+        self.sums = {}
+
+    def restart_clock(self) -> None:
+        """Leave out of the rates what happened since the last update, for example sampling or writing a checkpoint."""
+        self._started = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"sums": dict(self.sums), "num_tokens_seen": self.num_tokens_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.sums = dict(state["sums"])
+        self.num_tokens_seen = state["num_tokens_seen"]
+
+    def _count(self, totals: dict[str, float], *, num_tokens: int) -> None:
+        """Add the totals of one update and the seconds since the one before."""
+        now = time.monotonic()
+        totals = {**totals, "updates": 1, "seconds": now - self._started}
+        self._started = now
+        self.num_tokens_seen += num_tokens
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in totals.items()}
+
+
+@dataclass(kw_only=True)
+class MetricWindow(SumWindow):
+    """Sums over pairs; the tokens are real tokens.
+
+    Attributes:
+        has_confidence: whether the objective reads a label confidence.
+    """
+
+    has_confidence: bool
 
     def add(self, summary: UpdateSummary) -> None:
         """Count one update."""
@@ -35,12 +69,8 @@ class MetricWindow:
         totals["accuracies"] = float((columns["chosen_rewards"] > columns["rejected_rewards"]).sum())
         totals["flips"] = float((columns["confidence"] < 0.5).sum())
         totals |= {"pairs": len(columns["loss"]), "tokens": summary.num_tokens, "slots": summary.num_slots}
-        totals |= {"updates": 1, "grad_norm": summary.grad_norm, "learning_rate": summary.learning_rate}
-        now = time.monotonic()
-        totals["seconds"] = now - self._started
-        self._started = now
-        self.num_tokens_seen += summary.num_tokens
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in totals.items()}
+        totals |= {"grad_norm": summary.grad_norm, "learning_rate": summary.learning_rate}
+        self._count(totals, num_tokens=summary.num_tokens)
 
     def record(self, *, step: int, epoch: float) -> dict[str, float]:
         """The record of the window as it stands.
@@ -76,20 +106,3 @@ class MetricWindow:
             values["confidence/mean"] = sums["confidence"] / pairs
             values["confidence/flips"] = sums["flips"] / pairs
         return values
-
-    def clear(self) -> None:
-        """Start the next window."""
-        self.sums = {}
-
-    def restart_clock(self) -> None:
-        """Leave out of the rates what happened since the last update, for example writing a checkpoint."""
-        self._started = time.monotonic()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"sums": dict(self.sums), "num_tokens_seen": self.num_tokens_seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.sums = dict(state["sums"])
-        self.num_tokens_seen = state["num_tokens_seen"]

@@ -1,4 +1,4 @@
-"""What the figures share: distances of error bars, order and place of a legend, the figure that says why it is empty."""
+"""What the figures share: distances of error bars, order of a legend, the figure that says why it is empty."""
 
 from __future__ import annotations
 
