@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
+from shown import Page, assert_drawn, look_up
 from synthetic_comparison import METHODS, synthetic_comparison, with_method
 
 from raylign.cost.rows import Cost
@@ -19,40 +17,9 @@ from raylign.report.compare_data import comparison_json
 from raylign.report.compare_facts import derive
 from raylign.report.compare_html import render_comparison
 from raylign.report.compare_text import comparison_text
-from raylign.report.plots import to_png
 
 EVIL = "</td><script>alert('http://evil.example/x.js')</script>"
 _UNITS = (1.0, 100.0, 1e-6, 1e-9)  # plain, per cent, megabytes, gigabytes
-
-
-class Page(HTMLParser):
-    """Tags, attributes, cells by data-key, and text of a page."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.cells: list[tuple[str, str]] = []
-        self.text = ""
-        self._key: str | None = None
-        self.feed(content)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "td" and dict(attrs).get("data-key"):
-            self._key = dict(attrs)["data-key"]
-            self.cells.append((self._key, ""))
-
-    def handle_endtag(self, tag):
-        if tag == "td":
-            self._key = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self._key is not None:
-            key, text = self.cells[-1]
-            self.cells[-1] = (key, text + data)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +30,6 @@ def result():
 @pytest.fixture(scope="module")
 def html(result):
     return render_comparison(result)
-
-
-def look_up(content, key: str):
-    for name in key.split("."):
-        content = content[int(name)] if isinstance(content, list) else content[name]
-    return content
 
 
 def leaves(node) -> list[float]:
@@ -215,12 +176,6 @@ def test_the_page_is_whole_and_harmless(result):
     for name, value in page.attributes:
         if name in ("src", "href", "srcset", "data", "action"):
             assert value.startswith("data:image/png;base64,")
-
-
-def assert_drawn(figure) -> None:
-    image = imread(io.BytesIO(to_png(figure)))
-    assert min(image.shape[:2]) > 100
-    assert np.std(image[..., :3]) > 0.01
 
 
 def test_every_checkpoint_has_a_marker_with_its_interval(result):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from shown import Page, look_up
 
 from raylign.report.cost_section import cost_section, format_device_seconds
 from raylign.report.data import NotMeasured, report_json
@@ -10,13 +10,7 @@ from raylign.report.html import render_html
 
 
 def cells(html: str) -> dict[str, str]:
-    return dict(re.findall(r"<td data-key='([^']+)'>([^<]*)</td>", html))
-
-
-def look_up(content, key: str):
-    for part in key.split("."):
-        content = content[part]
-    return content
+    return dict(Page(html).cells)
 
 
 def test_cells_show_the_numbers_of_the_json(report_data):

@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from shown import Page, look_up
 
 from raylign.report.data import NotMeasured, report_json
 from raylign.report.html import EXAMPLES_PER_KIND, render_html
 from raylign.report.wording import METRIC_ROWS, format_interval, format_number
 from raylign.types import Interval
-
-
-class Page(HTMLParser):
-    """Tags, attributes, cells by data-key, and text of a page."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.cells: dict[str, str] = {}
-        self.text = ""
-        self._key: str | None = None
-        self.feed(content)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self._key = dict(attrs).get("data-key") if tag == "td" else self._key
-
-    def handle_endtag(self, tag):
-        if tag == "td":
-            self._key = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self._key is not None:
-            self.cells[self._key] = self.cells.get(self._key, "") + data
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +22,11 @@ def html(report_data):
 @pytest.fixture(scope="module")
 def page(html):
     return Page(html)
+
+
+@pytest.fixture(scope="module")
+def cells(page):
+    return dict(page.cells)
 
 
 def test_nothing_is_loaded_from_anywhere(page, html):
@@ -66,21 +44,19 @@ def test_texts_are_escaped(page, html):
     assert "</pre><script>alert(" in page.text
 
 
-def test_numbers_are_those_of_report_json(page, report_data):
+def test_numbers_are_those_of_report_json(cells, report_data):
     values = json.loads(json.dumps(report_json(report_data), allow_nan=False))
     for part, is_difference in (("before", False), ("after", False), ("difference", True)):
         for row in METRIC_ROWS:
             interval = Interval(**values["comparison"][part][row.name])
-            shown = page.cells[f"comparison.{part}.{row.name}"]
+            shown = cells[f"comparison.{part}.{row.name}"]
             assert shown == format_interval(interval, row.unit, is_difference=is_difference)
-    assert page.cells["reward.test_accuracy"] == format_interval(Interval(**values["reward"]["test_accuracy"]), "share")
-    assert page.cells["drift.js_divergence"] == format_number(values["drift"]["js_divergence"], "logit")
-    assert page.cells["seconds.train"] == f"{values['seconds']['train']:.1f} s"
-    assert page.cells["quarantine.invalid_json"] == str(values["quarantine"]["invalid_json"])
-    for key in page.cells:
-        found = values
-        for name in key.split("."):
-            found = found[name]  # every shown key exists in the file
+    assert cells["reward.test_accuracy"] == format_interval(Interval(**values["reward"]["test_accuracy"]), "share")
+    assert cells["drift.js_divergence"] == format_number(values["drift"]["js_divergence"], "logit")
+    assert cells["seconds.train"] == f"{values['seconds']['train']:.1f} s"
+    assert cells["quarantine.invalid_json"] == str(values["quarantine"]["invalid_json"])
+    for key in cells:
+        look_up(values, key)  # every shown key exists in the file
 
 
 def test_missing_values_say_why(report_data, replace):
@@ -101,11 +77,11 @@ def test_missing_values_say_why(report_data, replace):
     assert "No row was quarantined" in page.text
 
 
-def test_a_missing_number_is_said_to_be_missing(page, report_data):
+def test_a_missing_number_is_said_to_be_missing(cells, report_data):
     """The fixture has no recall and a Brier score that is nan; no KL was sampled."""
-    assert page.cells["refusal_detector.recall"].startswith("not measured")
-    assert page.cells["reward.test_brier"].startswith("not measured")
-    assert page.cells["drift.kl"] == "not measured: no fresh samples"
+    assert cells["refusal_detector.recall"].startswith("not measured")
+    assert cells["reward.test_brier"].startswith("not measured")
+    assert cells["drift.kl"] == "not measured: no fresh samples"
     assert report_json(report_data)["reward"]["test_brier"] is None
 
 

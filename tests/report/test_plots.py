@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
-from matplotlib.image import imread
+from shown import assert_drawn
 
 from raylign.report import plots
 from raylign.report.data import ConfidenceFacts, LayerPoint
 from raylign.types import Interval
 
 POINT = LayerPoint(layer=4, pair_accuracy=0.7, calibration_error=0.0)
-
-
-def assert_drawn(figure) -> None:
-    png = plots.to_png(figure)
-    image = imread(io.BytesIO(png))
-    assert min(image.shape[:2]) > 100
-    assert image[..., :3].std() > 0.01  # not one colour
-    assert plots.to_data_uri(figure).startswith("data:image/png;base64,iVBOR")
 
 
 def test_all_figures_of_a_run(report_data):
