@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 _QUALITIES = ("attack_success", "violation_rate", "over_refusal", "degenerate", "mean_reward")
 _NO_POINT = str(NotMeasured(reason="no checkpoint was evaluated"))
+_format_seconds = "{:,.1f}".format
+_format_extra = "{:+,.1f}".format  # more or less than something else
+_format_count = "{:,.0f}".format
+_format_flops = "{:.3g}".format
+_format_mib = "{:,.0f} MiB".format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,21 +112,21 @@ def cost_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
     """What one run of each method took."""
     lines: list[tuple[str, str, Callable[[float], str]]] = []
     for kind in facts.kinds:
-        lines.append((f"Device-seconds, {kind}", f"device_s.{kind}", format_seconds))
-        lines.append((f"... extra over {result.baseline}", f"extra_device_s.{kind}", format_extra))
-        lines.append(("... of phases that work", f"work_device_s.{kind}", format_seconds))
+        lines.append((f"Device-seconds, {kind}", f"device_s.{kind}", _format_seconds))
+        lines.append((f"... extra over {result.baseline}", f"extra_device_s.{kind}", _format_extra))
+        lines.append(("... of phases that work", f"work_device_s.{kind}", _format_seconds))
     lines += [
-        ("Generated tokens", "generated_tokens", format_count),
-        ("Decode steps, one after another", "decode_steps", format_count),
-        ("Tokens through forwards and backwards", "passed_tokens", format_count),
-        ("Model FLOPs, computed", "flops", format_flops),
-        ("Weights sent to samplers", "synced_bytes", format_bytes),
-        ("Peak memory of a process", "peak_rss_mib", format_mib),
+        ("Generated tokens", "generated_tokens", _format_count),
+        ("Decode steps, one after another", "decode_steps", _format_count),
+        ("Tokens through forwards and backwards", "passed_tokens", _format_count),
+        ("Model FLOPs, computed", "flops", _format_flops),
+        ("Weights sent to samplers", "synced_bytes", _format_bytes),
+        ("Peak memory of a process", "peak_rss_mib", _format_mib),
     ]
     if any(costs.peak_device_mib.high for costs in facts.costs):
-        lines.append(("Peak device memory of a process", "peak_device_mib", format_mib))
+        lines.append(("Peak device memory of a process", "peak_device_mib", _format_mib))
     if result.prices is not None:
-        lines.append((f"Price, {result.currency}", "money", format_money))
+        lines.append((f"Price, {result.currency}", "money", _format_money))
     rows: list[tuple[Cell, ...]] = []
     for label, place, form in lines:
         field, _, kind = place.partition(".")
@@ -131,7 +136,7 @@ def cost_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
             if kind and kind not in value:
                 cells.append(Cell(text="the baseline"))
             else:
-                shown = format_spread(value[kind] if kind else value, form)
+                shown = _format_spread(value[kind] if kind else value, form)
                 cells.append(Cell(text=shown, key=f"derived.costs.{index}.{place}"))
         rows.append(tuple(cells))
     return Table(
@@ -165,14 +170,14 @@ def phase_tables(result: ComparisonResult, facts: ComparisonFacts) -> list[Table
             (
                 Cell(text=phase),
                 *(
-                    Cell(text=format_seconds(seconds), key=f"derived.phases.{kind}.{phase}.{index}")
+                    Cell(text=_format_seconds(seconds), key=f"derived.phases.{kind}.{phase}.{index}")
                     for index, seconds in enumerate(means)
                 ),
             )
             for phase, means in phases.items()
         ]
         totals = [
-            Cell(text=format_seconds(costs.device_s[kind].mean), key=f"derived.costs.{index}.device_s.{kind}.mean")
+            Cell(text=_format_seconds(costs.device_s[kind].mean), key=f"derived.costs.{index}.device_s.{kind}.mean")
             for index, costs in enumerate(facts.costs)
         ]
         notes = [
@@ -244,7 +249,7 @@ def target_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
         cells: tuple[Cell, ...]
         if isinstance(reached, TargetReached):
             cells = (
-                Cell(text=format_seconds(reached.device_s), key=f"{key}.device_s"),
+                Cell(text=_format_seconds(reached.device_s), key=f"{key}.device_s"),
                 Cell(text=format_interval(reached.rate, "share"), key=f"{key}.rate"),
                 Cell(text="whole interval" if reached.is_certain else "mean only"),
             )
@@ -262,11 +267,11 @@ def target_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
 def projection_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
     """What larger models would compute by formula, marked as a projection on every row."""
     fields: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("FLOPs", "flops", format_flops),
-        ("generated tokens", "generated_tokens", format_count),
-        ("decode steps", "decode_steps", format_count),
-        ("forward tokens", "forward_tokens", format_count),
-        ("weights sent", "synced_bytes", format_bytes),
+        ("FLOPs", "flops", _format_flops),
+        ("generated tokens", "generated_tokens", _format_count),
+        ("decode steps", "decode_steps", _format_count),
+        ("forward tokens", "forward_tokens", _format_count),
+        ("weights sent", "synced_bytes", _format_bytes),
     )
     settings = result.projection_settings
     return Table(
@@ -309,7 +314,7 @@ def _seeds(result: ComparisonResult) -> str:
     return f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}"
 
 
-def format_spread(value: Spread | NotMeasured, form: Callable[[float], str]) -> str:
+def _format_spread(value: Spread | NotMeasured, form: Callable[[float], str]) -> str:
     """Mean [least, most], or one value when they read alike."""
     if isinstance(value, NotMeasured):
         return str(value)
@@ -317,36 +322,11 @@ def format_spread(value: Spread | NotMeasured, form: Callable[[float], str]) -> 
     return mean if low == high == mean else f"{mean} [{low}, {high}]"
 
 
-def format_seconds(value: float) -> str:
-    """Device-seconds."""
-    return f"{value:,.1f}"
-
-
-def format_extra(value: float) -> str:
-    """Device-seconds more or less than something else."""
-    return f"{value:+,.1f}"
-
-
-def format_money(value: float) -> str:
+def _format_money(value: float) -> str:
     """An amount; small ones with three digits."""
     return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def format_count(value: float) -> str:
-    """Tokens or steps."""
-    return f"{value:,.0f}"
-
-
-def format_flops(value: float) -> str:
-    """FLOPs, three digits."""
-    return f"{value:.3g}"
-
-
-def format_bytes(value: float) -> str:
+def _format_bytes(value: float) -> str:
     """Bytes as megabytes or gigabytes."""
     return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
-
-
-def format_mib(value: float) -> str:
-    """Memory."""
-    return f"{value:,.0f} MiB"
