@@ -271,6 +271,8 @@ class ScoredRollout:
         reference_token_logps: (R,) float32, log-probability of each response token under the frozen reference, nats.
         cost: > 0 unsafe, <= 0 safe; nan when the run has no cost model.
         token_rewards: (R,) float32 reward of each token in place of `reward`, or None.
+        head_rewards: (M,) float32 reward by each member of the reward model, or None with one member.
+        head_scales: (M,) float32 standard deviation that each member states, or None.
     """
 
     rollout: Rollout
@@ -279,6 +281,8 @@ class ScoredRollout:
     reference_token_logps: np.ndarray
     cost: float = float("nan")
     token_rewards: np.ndarray | None = None
+    head_rewards: np.ndarray | None = None
+    head_scales: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 
 from raylign.errors import ShapeError
 from raylign.evaluation.metrics import expected_calibration_error, pair_accuracy
-from raylign.rewards.fit import fit_normalizer, ridge_probes
+from raylign.rewards.probes import fit_normalizer, ridge_probes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def layer_curve(
             f"the layers and width of {tuple(chosen.shape)}"
         )
     layer_mean_LD, layer_rms_L = fit_normalizer(chosen, rejected)
-    weight_LD = ridge_probes(chosen, rejected, layer_mean=layer_mean_LD, layer_rms=layer_rms_L, ridge=ridge)
+    (weight_LD,) = ridge_probes(chosen, rejected, layer_mean=layer_mean_LD, layer_rms=layer_rms_L, ridge=ridge)
 
     def scores(states_MLD: torch.Tensor, layer: int) -> torch.Tensor:
         return (states_MLD[:, layer].float() - layer_mean_LD[layer]) @ weight_LD[layer] / layer_rms_L[layer]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from raylign.data.tokenization import end_of_response_id
 from raylign.errors import DataError
 from raylign.evaluation.generation import encode_prompt
 from raylign.models.forward import PolicyForward
+from raylign.rewards.fit import predict
+from raylign.rewards.posterior import RewardHead, RewardPosterior
 from raylign.types import Layout, Message, TokenizedPair
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 RewardFn = Callable[[Sequence[Sequence[Message]], Sequence[str]], np.ndarray]
@@ -131,14 +132,63 @@ def _couples(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     return couples
 
 
+class ResponseReward(Protocol):
+    """A reward model of responses, whatever it reads of them.
+
+    Attributes:
+        layers: transformer layers, from 1, whose states at the last token it reads; None when it reads token ids.
+    """
+
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...  # noqa: D102 - documented above
+
+    def __call__(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        states: torch.Tensor | None,
+    ) -> RewardPosterior:
+        """Belief about the rewards of N responses, on the CPU.
+
+        Args:
+            prompt_ids: N templated prompts.
+            response_ids: N responses, each closed with the end-of-response token.
+            states: (N, L, D) of `layers` at that token under the reference, None when `layers` is None.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StatesReward:
+    """A head on the reference's hidden states, as a `ResponseReward`.
+
+    Attributes:
+        head: fitted, on any device.
+        layers: that it was fitted on.
+    """
+
+    head: RewardHead
+    layers: tuple[int, ...]
+
+    def __call__(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        states: torch.Tensor | None,
+    ) -> RewardPosterior:
+        """See `ResponseReward`."""
+        assert states is not None
+        return predict(self.head, states.to(next(self.head.buffers()).device)).to("cpu")
+
+
 class RewardScorer:
-    """The run's reward of texts: reward head on the reference model's states at the end-of-response token.
+    """The run's reward of texts, one number each.
 
     Args:
         forward: the reference, on its device, in the number types of the features.
         tokenizer: of the reference.
-        head: (N, L, D) states -> (N,) rewards, for example `HybridReward`, on any device.
-        layers: the layers that the head was fitted on.
+        reward: what believes something of responses.
+        rule: makes one reward (N,) of each belief.
         layout: see `resolve_layout`.
         batch_tokens: token budget of one forward.
     """
@@ -147,34 +197,39 @@ class RewardScorer:
         self,
         forward: PolicyForward,
         tokenizer: PreTrainedTokenizerBase,
-        head: nn.Module,
+        reward: ResponseReward,
         *,
-        layers: tuple[int, ...],
+        rule: Callable[[RewardPosterior], torch.Tensor],
         layout: Layout,
         batch_tokens: int = 4096,
     ) -> None:
         self._forward = forward
         self._tokenizer = tokenizer
         self._end_id = end_of_response_id(tokenizer)
-        self._head = head
-        self._layers = layers
+        self._reward = reward
+        self._rule = rule
         self._layout = layout
         self._batch_tokens = batch_tokens
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> np.ndarray:
-        """Rewards (N,), float64, of one answer per conversation; every answer is closed with the end token."""
+    def posterior(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> RewardPosterior:
+        """Belief about one answer per conversation; every answer is closed with the end token."""
         texts = self._tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        scored = score_responses(
-            self._forward,
-            [encode_prompt(self._tokenizer, prompt) for prompt in prompts],
-            [[*ids, self._end_id] for ids in texts],
-            layout=self._layout,
-            pad_token_id=self._tokenizer.pad_token_id,
-            batch_tokens=self._batch_tokens,
-            layers=self._layers,
-        )
-        assert scored.states is not None
-        states = scored.states.to(next(self._head.parameters()).device)
-        rewards: np.ndarray = self._head(states).double().cpu().numpy()
+        prompt_ids = [encode_prompt(self._tokenizer, prompt) for prompt in prompts]
+        response_ids = [[*ids, self._end_id] for ids in texts]
+        states: torch.Tensor | None = None
+        if self._reward.layers is not None:
+            states = score_responses(
+                self._forward,
+                prompt_ids,
+                response_ids,
+                layout=self._layout,
+                pad_token_id=self._tokenizer.pad_token_id,
+                batch_tokens=self._batch_tokens,
+                layers=self._reward.layers,
+            ).states
+        return self._reward(prompt_ids, response_ids, states)
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> np.ndarray:
+        """Rewards (N,), float64, of one answer per conversation."""
+        rewards: np.ndarray = self._rule(self.posterior(prompts, responses)).double().numpy()
         return rewards

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from raylign.errors import DataError, ShapeError
+from raylign.rewards.posterior import MarginPosterior
 from raylign.types import PairConfidence
 
 Level = Literal["pair", "batch"]
@@ -163,16 +164,16 @@ def pair_confidence(
     return PairConfidence(margin_mean=margin_mean, margin_variance=margin_variance, label_confidence=gamma)
 
 
-def fit_temperature(margin: torch.Tensor) -> float:
-    r"""Temperature that makes \(\sigma(m/T)\) the probability that the stored order is right.
+def fit_temperature(margin: MarginPosterior) -> float:
+    r"""Temperature that makes `MarginPosterior.preference_prob` the probability that the stored order is right.
 
-    Minimises the cross-entropy of \(\sigma(m/T)\) over T between 1/20 and 100 root-mean-square margins, by bisection:
-    the loss is convex in 1/T. The target is Platt's \((B+1)/(B+2)\) instead of 1, which keeps T away from its bound
-    when the reward orders all pairs rightly. A reward no better than chance gets the upper bound, hence \(\gamma\) near
-    1/2.
+    Minimises the cross-entropy of \(\sigma(m/\sqrt{T^2 + \pi v/8})\) over T between 1/20 and 100 root-mean-square
+    margins, by bisection on the sign of its slope; without variance the loss is convex in 1/T. The target is Platt's
+    \((B+1)/(B+2)\) instead of 1, which keeps T away from its bound when the reward orders all pairs rightly. A reward
+    no better than chance gets the upper bound, hence \(\gamma\) near 1/2.
 
     Args:
-        margin: r(chosen) - r(rejected) of pairs that the reward was not fitted on. Shape (B,), B at least 1.
+        margin: belief about pairs that the reward was not fitted on, B at least 1.
 
     Returns:
         T in reward units; 1 when all margins are 0.
@@ -182,18 +183,20 @@ def fit_temperature(margin: torch.Tensor) -> float:
 
     Source: Platt (1999); Guo et al. (2017), arXiv:1706.04599, Section 4.2, for pairs.
     """
-    margin = margin.detach().double()
-    if margin.numel() == 0 or not bool(torch.isfinite(margin).all()):
+    mean, variance = margin.mean.detach().double(), margin.variance.detach().double()
+    if mean.numel() == 0 or not bool(torch.isfinite(mean).all()):
         raise DataError("fitting a temperature needs finite margins of at least one held-out pair")
-    scale = float(margin.square().mean().sqrt())
+    scale = float(mean.square().mean().sqrt())
     if scale == 0:
         return 1.0
-    margin = margin / scale
-    target = (margin.numel() + 1) / (margin.numel() + 2)
+    mean, variance = mean / scale, variance / scale**2
+    target = (mean.numel() + 1) / (mean.numel() + 2)
     low, high = math.log(1 / 100), math.log(20)  # of the inverse temperature
     for _ in range(60):
         middle = (low + high) / 2
-        slope = (margin * (torch.sigmoid(math.exp(middle) * margin) - target)).mean()  # d loss / d (1/T)
+        sharpness = torch.rsqrt(math.exp(-2 * middle) + math.pi / 8 * variance)
+        # d loss / d (1/T), up to a factor above 0 that is the same for all pairs
+        slope = (sharpness**3 * mean * (torch.sigmoid(sharpness * mean) - target)).mean()
         low, high = (low, middle) if bool(slope > 0) else (middle, high)
     return scale / math.exp((low + high) / 2)
 

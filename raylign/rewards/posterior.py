@@ -11,6 +11,7 @@ Shape letters: n responses, B pairs, M members, K columns of the root, L layers,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,16 @@ class RewardHead(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> RewardHead:
+        """The frozen head that `state_dict` describes.
+
+        Raises:
+            KeyError: a tensor is missing.
+            RuntimeError: tensors that do not fit together.
+        """
+        raise NotImplementedError
+
     def check_features(self, features_nLD: torch.Tensor) -> None:
         """Refuse features of other layers or another model.
 
@@ -159,6 +170,21 @@ def ensemble_posterior(head_rewards: torch.Tensor, head_scales: torch.Tensor | N
     mean_n = head_rewards.mean(-1)
     deviations_nM = (head_rewards - mean_n[:, None]) / math.sqrt(head_rewards.shape[1])
     return RewardPosterior(mean=mean_n, deviations=deviations_nM, head_rewards=head_rewards, head_scales=head_scales)
+
+
+def concat_posteriors(parts: Sequence[RewardPosterior]) -> RewardPosterior:
+    """Beliefs of one reward model about several groups of responses, one after the other.
+
+    Args:
+        parts: at least one.
+    """
+    scales = [part.head_scales for part in parts if part.head_scales is not None]
+    return RewardPosterior(
+        mean=torch.cat([part.mean for part in parts]),
+        deviations=torch.cat([part.deviations for part in parts]),
+        head_rewards=torch.cat([part.head_rewards for part in parts]),
+        head_scales=torch.cat(scales) if scales else None,
+    )
 
 
 def margin_posterior(chosen: RewardPosterior, rejected: RewardPosterior) -> MarginPosterior:

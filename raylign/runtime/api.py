@@ -21,11 +21,12 @@ from raylign.models.loading import resolve_model
 from raylign.runtime.evaluate_job import Evaluation, run_evaluation
 from raylign.runtime.features_job import features_key, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.ingest_job import QUARANTINE_FILE, read_pairs, run_ingest
 from raylign.runtime.phases import digest
 from raylign.runtime.pipeline import actor_options
 from raylign.runtime.progress import phase_line
-from raylign.runtime.reward_job import FittedReward, rank_pairs
+from raylign.runtime.rank_job import rank_pairs
 from raylign.runtime.reward_job import fit_reward as fit_heads
 from raylign.runtime.trainer import run_training
 
@@ -126,19 +127,24 @@ def extract_features(
 
 
 def fit_reward(
-    features: ray.data.Dataset, *, seed: int = 0, layers: tuple[int, ...] | None = None, **options: Any
+    features: ray.data.Dataset,
+    *,
+    seed: int = 0,
+    layers: tuple[int, ...] | None = None,
+    config: Sections | None = None,
+    **options: Any,
 ) -> FittedReward:
-    """Fit the hybrid representation reward; `metrics` of the result hold its held-out quality.
+    """Fit a reward on the hidden states; `metrics` of the result hold its held-out quality.
 
     Args:
         features: of `extract_features`.
         seed: of folds and heads.
         layers: transformer layers of the features when they are not all of the model's, so that live confidence reads
             the same ones.
-        **options: keys of the `reward` section, for example folds=10, bce_weight=0.
+        config: other sections, for example {"brme": {"loss": "purm"}}.
+        **options: keys of the `reward` section, for example kind="ensemble", folds=10.
     """
-    resolved = _config(None, "reward", options, seed=seed)
-    return fit_heads(features, config=resolved.reward, confidence=resolved.confidence, seed=seed, layers=layers)
+    return fit_heads(features, config=_config(config, "reward", options, seed=seed), layers=layers)
 
 
 def rank(features: ray.data.Dataset, reward: FittedReward, **options: Any) -> ray.data.Dataset:

@@ -32,7 +32,7 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.phases import Run, digest, open_run, write_json
 from raylign.runtime.pipeline import POLICY_DIR, Phases, actor_options
 from raylign.runtime.resources import ResourcePlan, check_plan
-from raylign.runtime.reward_job import make_reward_scorer
+from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.types import Completion
 
 SHARED = "shared"
@@ -80,7 +80,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
             phases.train(features, features_digest, reward)
         trained[trial] = phases.run
     options = actor_options(base)
-    make_reward_fn = functools.partial(make_reward_scorer, model, str(reward), shared.layers, options)
+    make_reward_fn = functools.partial(make_reward_scorer, model, str(reward), shared.layers, base.robust, options)
     answers = {
         seed: _evaluate(shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, make_reward_fn)
         for seed in comparison.compare.seeds

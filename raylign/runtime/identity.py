@@ -57,7 +57,8 @@ def method_identity(config: RunConfig) -> dict[str, Any]:
     is_live = config.train.objective == "label_confidence" and config.confidence.source == "live"
     # keys of sections that the method does not read are idle
     sections = ["policy", "train", "online", "sampler", "policy_gradient", "confidence"]
-    sections += ["reward", "features"] if is_live else []
+    sections += ["reward", "brme", "features"] if is_live else []
+    sections += ["robust"] if config.train.method != "offline" else []
     idle = idle_keys(config)
     keys = {
         f"{section}.{name}": value

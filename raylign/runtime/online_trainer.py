@@ -18,12 +18,12 @@ from raylign.cost.ledger import Ledger
 from raylign.errors import CheckpointError, DataError, OutputExistsError, ResourceError, SamplerError
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.identity import base_model_name, run_identity
 from raylign.runtime.online_worker import OnlineTask, online_worker, round_schedule
 from raylign.runtime.phases import write_json
 from raylign.runtime.prompts import collect_prompts, prompts_fingerprint, write_prompts
 from raylign.runtime.resources import ResourcePlan, check_plan
-from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.sampler import SamplerPool
 from raylign.runtime.scorer import ResponseScorer
 from raylign.runtime.trainer import METRICS_FILE, check_resume, fit_workers, reward_directory, store_reward
@@ -162,7 +162,7 @@ def _samplers(config: RunConfig, model: str, reward: str, layers: tuple[int, ...
     scorer = (
         ray.remote(ResponseScorer)
         .options(num_cpus=sampler.scorer_cpus, num_gpus=sampler.scorer_gpus)
-        .remote(model, reward, layers, options)
+        .remote(model, reward, layers, config.robust, options)
     )
     pool: SamplerPool | None = None
     try:

@@ -33,11 +33,14 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import features_key, read_cost, read_features, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint, source_state
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.identity import method_identity
 from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.rank_job import confidence_facts, rank_pairs
 from raylign.runtime.resources import ResourcePlan, check_plan
-from raylign.runtime.reward_job import FittedReward, confidence_facts, fit_reward, make_reward_scorer, rank_pairs
+from raylign.runtime.reward_job import fit_reward
+from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.tracking import track_run
 from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
@@ -146,11 +149,12 @@ class Phases:
         return cache, digest(key)
 
     def reward(self, features: Path, features_digest: str) -> tuple[Path, dict[str, Any]]:
-        """Hybrid heads, out of fold, judged on the test split."""
+        """Heads, scored out of fold, judged on the test split."""
         config = self.config
         key = {
             "features": features_digest,
             "reward": config.reward.model_dump(),
+            "brme": config.brme.model_dump(),
             "confidence": config.confidence.model_dump(include={"alpha", "center", "squash", "temperature"}),
             "seed": config.run.seed,
         }
@@ -158,9 +162,7 @@ class Phases:
         def work(directory: Path) -> dict[str, Any]:
             fitted = fit_reward(
                 read_features(features),
-                config=config.reward,
-                confidence=config.confidence,
-                seed=config.run.seed,
+                config=config,
                 layers=self.layers,
             )
             fitted.save(directory)
@@ -253,6 +255,8 @@ class Phases:
             # answers do not depend on how prompts are batched or spread over actors
             "evaluate": config.evaluate.model_dump(exclude={"num_actors", "batch_size"}),
             **evaluation_inputs(config.evaluate),
+            "reward": model_fingerprint(reward),
+            "robust": config.robust.model_dump(),
             "seed": config.run.seed,
         }
 
@@ -263,7 +267,9 @@ class Phases:
                 config=config.evaluate,
                 seed=config.run.seed,
                 options=options,
-                make_reward_fn=functools.partial(make_reward_scorer, self.model, str(reward), self.layers, options),
+                make_reward_fn=functools.partial(
+                    make_reward_scorer, self.model, str(reward), self.layers, config.robust, options
+                ),
             )
             save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
             drift = check_drift(

@@ -1,19 +1,21 @@
 """What scores sampled responses: the run's reward and the frozen reference, from one forward.
 
-The reward is the one that re-ranks stored pairs: the head of all training pairs, on the reference's states at the end
-of the response. A response that the length limit cut, or another stop token ended, is closed with the end-of-response
-token for the reward, as stored responses are; the log-probabilities are those of its own tokens.
+The reward is the one that re-ranks stored pairs: what was fitted on all training pairs, on the reference's states at
+the end of the response, and the rule that makes one number of its members. A response that the length limit cut, or
+another stop token ended, is closed with the end-of-response token for the reward, as stored responses are; the
+log-probabilities are those of its own tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raylign.config import RobustSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
+from raylign.runtime.robust import robust_rewards
 from raylign.types import Rollout, ScoredRollout
 
 if TYPE_CHECKING:
@@ -28,33 +30,33 @@ class ResponseScorer:
         model_path: directory of the reference: the policy before training.
         reward_dir: what `FittedReward.save` wrote.
         layers: transformer layers that the heads were fitted on.
+        robust: rule over members.
         options: size and number types of the actor; these must be those of the features.
     """
 
-    def __init__(self, model_path: str, reward_dir: str, layers: tuple[int, ...], options: ActorOptions) -> None:
+    def __init__(
+        self, model_path: str, reward_dir: str, layers: tuple[int, ...], robust: RobustSection, options: ActorOptions
+    ) -> None:
         import torch
 
         from raylign.data.tokenization import end_of_response_id
         from raylign.models.loading import load_tokenizer, resolve_layout
         from raylign.models.numerics import actor_device, load_reference
-        from raylign.runtime.reward_job import FittedReward
+        from raylign.runtime.reward_scorer import load_response_reward
 
         if not options.num_gpus:
             torch.set_num_threads(max(1, int(options.num_cpus)))
         device = actor_device(options.num_gpus)
         tokenizer = load_tokenizer(model_path, trust_remote_code=options.trust_remote_code)
         self._forward = load_reference(model_path, options.policy, device, parallel=options.parallel)
-        self._head = FittedReward.load(Path(reward_dir)).full.to(device)
-        self._device = device
-        self._layers = layers
+        self._reward = load_response_reward(reward_dir, layers, device)
+        self._robust = robust
         self._layout = resolve_layout("auto", self._forward.causal_lm.config)
         self._end_id = end_of_response_id(tokenizer)
         self._pad_id = tokenizer.pad_token_id
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """Score responses, in their order."""
-        import torch
-
+        """Score the responses of one round, in their order."""
         prompts = [rollout.prompt_ids for rollout in rollouts]
         responses = [rollout.response_ids for rollout in rollouts]
         cut = [
@@ -63,30 +65,39 @@ class ResponseScorer:
         ]
         found = self._forward_of(prompts, cut)
         # another stop token in the end token's place: its own log-probability is wanted, its state is not
+        closed = [ids if ids[-1] == self._end_id else np.append(ids[:-1], self._end_id) for ids in cut]
         others = [row for row, ids in enumerate(cut) if ids[-1] != self._end_id]
-        if others:
-            closed = [np.append(cut[row][:-1], self._end_id) for row in others]
-            states = self._forward_of([prompts[row] for row in others], closed).states
-            assert found.states is not None and states is not None
+        if others and found.states is not None:
+            states = self._forward_of([prompts[row] for row in others], [closed[row] for row in others]).states
+            assert states is not None
             found.states[others] = states
-        assert found.states is not None
-        with torch.no_grad():
-            rewards = self._head(found.states.to(self._device)).double().cpu().numpy()
+        belief = self._reward(prompts, closed, found.states)
+        rewards = robust_rewards(belief, self._robust).double().numpy()
+        variances = belief.variance.double().numpy()
+        members = belief.head_rewards.float().numpy()
+        scales = None if belief.head_scales is None else belief.head_scales.float().numpy()
         return [
             ScoredRollout(
                 rollout=rollout,
-                reward=float(reward),
-                reward_variance=0.0,
+                reward=float(rewards[row]),
+                reward_variance=float(variances[row]),
                 reference_token_logps=logps[: len(rollout.response_ids)].copy(),
+                head_rewards=members[row].copy() if belief.num_heads > 1 else None,
+                head_scales=None if scales is None else scales[row].copy(),
             )
-            for rollout, reward, logps in zip(rollouts, rewards, found.token_logps, strict=True)
+            for row, (rollout, logps) in enumerate(zip(rollouts, found.token_logps, strict=True))
         ]
 
     def _forward_of(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> ScoredResponses:
         from raylign.evaluation.scoring import score_responses
 
         return score_responses(
-            self._forward, prompts, responses, layout=self._layout, pad_token_id=self._pad_id, layers=self._layers
+            self._forward,
+            prompts,
+            responses,
+            layout=self._layout,
+            pad_token_id=self._pad_id,
+            layers=self._reward.layers,
         )
 
     def peak_memory(self) -> tuple[float, float]:

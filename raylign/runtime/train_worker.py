@@ -251,7 +251,7 @@ def build_live_confidence(
     """
     from raylign.errors import DataError
     from raylign.models.forward import resolve_layers
-    from raylign.runtime.reward_job import FittedReward
+    from raylign.runtime.fitted_reward import FittedReward
     from raylign.training.live_confidence import LiveConfidence
     from raylign.training.table import PairTable, anchor_pairs, read_split
 

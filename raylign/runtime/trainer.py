@@ -21,10 +21,10 @@ from raylign.config import RunConfig
 from raylign.cost.ledger import Ledger
 from raylign.errors import CheckpointError, ConfigError, OutputExistsError, RaylignError, ResourceError, TrainingError
 from raylign.runtime.costs import LEDGER_DIR
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.identity import base_model_name, run_identity
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.resources import ResourcePlan, check_demand
-from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.stored_pairs import store_pairs
 from raylign.runtime.train_worker import PAIRS, WorkerTask, train_worker
 

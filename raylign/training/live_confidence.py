@@ -21,13 +21,15 @@ from torch import nn
 from raylign.config import ConfidenceSection, RewardSection
 from raylign.errors import CheckpointError, ConfigError, DataError
 from raylign.losses.reward import anchor_loss, margin_loss
-from raylign.rewards.confidence import EmaCenter, label_confidence, update_center
-from raylign.rewards.hybrid import HybridReward
+from raylign.rewards.confidence import EmaCenter, pair_confidence, update_center
+from raylign.rewards.posterior import RewardHead, margin_posterior
 from raylign.training.micro_batches import Packing, encode
 from raylign.training.order import DataOrder
 from raylign.training.table import PairBatch, PairTable
 from raylign.training.world import World
 from raylign.types import PairScores
+
+_BELIEF = 3  # chosen reward, rejected reward and margin variance of a pair
 
 
 class LiveConfidence:
@@ -51,7 +53,7 @@ class LiveConfidence:
 
     def __init__(
         self,
-        heads: Sequence[HybridReward],
+        heads: Sequence[RewardHead],
         *,
         layers: tuple[int, ...],
         settings: ConfidenceSection,
@@ -87,7 +89,7 @@ class LiveConfidence:
         self._batch_fold = torch.zeros(0)
 
     @property
-    def heads(self) -> Sequence[HybridReward]:
+    def heads(self) -> Sequence[RewardHead]:
         """The K heads as they are now."""
         return list(self._heads)
 
@@ -105,15 +107,15 @@ class LiveConfidence:
         self._gamma = None
         if not self._needs_whole_batch():
             return
-        rewards = torch.zeros_like(self._rewards)
+        beliefs = torch.zeros(_BELIEF, batch.num_pairs, dtype=torch.float64, device=device)
         for micro, scores in encode(policy, batch.tokens, layers=self.layers, packing=self._packing, world=self._world):
             if micro.weight:
                 index = torch.tensor(micro.indices, device=device)
-                rewards[:, index] = self._score(scores, self._batch_fold[index])
-        rewards = self._world.sum(rewards)
+                beliefs[:, index] = self._believe(scores, self._batch_fold[index])
+        beliefs = self._world.sum(beliefs)
         if self._settings.center == "ema" and self.center.value is None:
-            self.center = EmaCenter(rewards.mean())
-        self._gamma = self._squash(rewards[0], rewards[1])
+            self.center = EmaCenter(beliefs[:2].mean())
+        self._gamma = self._squash(beliefs)
 
     def confidence(self, scores: PairScores, index: torch.Tensor, *, is_filler: bool = False) -> torch.Tensor:
         """Gamma of the pairs of one micro-batch.
@@ -126,13 +128,13 @@ class LiveConfidence:
         Returns:
             Gamma, detached, float32, shape of `index`.
         """
-        rewards = self._score(scores, self._batch_fold[index])
+        beliefs = self._believe(scores, self._batch_fold[index])
         if not is_filler:
-            self._rewards[:, index] = rewards
+            self._rewards[:, index] = beliefs[:2]
         if self._settings.track == "stored_order" and not is_filler:
             assert scores.chosen_states is not None and scores.rejected_states is not None
             self._kept.append((scores.chosen_states, scores.rejected_states, index))
-        gamma = self._gamma[index] if self._gamma is not None else self._squash(rewards[0], rewards[1])
+        gamma = self._gamma[index] if self._gamma is not None else self._squash(beliefs)
         return gamma.float()
 
     def end_update(self, policy: nn.Module, update: int) -> None:
@@ -180,29 +182,32 @@ class LiveConfidence:
         return self._settings.level == "batch" or (self._settings.squash == "sigmoid" and is_first_center)
 
     @torch.no_grad()
-    def _score(self, scores: PairScores, fold: torch.Tensor) -> torch.Tensor:
-        """Chosen and rejected rewards, each pair by the head of its fold. Shape (2, B), float64."""
-        assert scores.chosen_states is not None and scores.rejected_states is not None
-        both = []
-        for states in (scores.chosen_states, scores.rejected_states):
-            rewards_KB = torch.stack([head(states) for head in self._heads]).double()
-            own = rewards_KB.gather(0, fold.clamp(0, len(self._heads) - 1)[None])[0]
-            # A pair without a fold was seen by no head, so all of them may judge it.
-            both.append(torch.where(fold < 0, rewards_KB.mean(0), own))
-        return torch.stack(both)
+    def _believe(self, scores: PairScores, fold: torch.Tensor) -> torch.Tensor:
+        """Chosen and rejected reward and margin variance of each pair, by the head of its fold. Shape (3, B), float64.
 
-    def _squash(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        A pair without a fold was seen by no head, so all of them may judge it.
+        """
+        assert scores.chosen_states is not None and scores.rejected_states is not None
+        by_head = []
+        for head in self._heads:
+            chosen, rejected = head(scores.chosen_states), head(scores.rejected_states)
+            variance = margin_posterior(chosen, rejected).variance
+            by_head.append(torch.stack([chosen.mean, rejected.mean, variance]))
+        beliefs_K3B = torch.stack(by_head).double()
+        own = fold.clamp(0, len(self._heads) - 1).expand(1, _BELIEF, -1)
+        return torch.where(fold < 0, beliefs_K3B.mean(0), beliefs_K3B.gather(0, own)[0])
+
+    def _squash(self, beliefs: torch.Tensor) -> torch.Tensor:
         is_centred = self._settings.center == "ema" and self.center.value is not None
-        return label_confidence(
-            chosen,
-            rejected,
+        return pair_confidence(
+            *beliefs,
             alpha=self._settings.alpha,
             floor=self._settings.floor,
             center=self.center.value if is_centred else 0.0,
             level=self._settings.level,
             squash=self._settings.squash,
             temperature=self._temperature,
-        )
+        ).label_confidence
 
     def _track_anchors(self, policy: nn.Module, update: int) -> None:
         assert self._anchors is not None and self._anchor_order is not None
@@ -233,8 +238,8 @@ class LiveConfidence:
             is_seen = (fold != number) if len(self._heads) > 1 else torch.ones_like(fold, dtype=torch.bool)
             count = max(1, int(is_seen.sum()))
             for chosen_states, rejected_states, index in kept:
-                mask = is_seen[index.to(fold.device)].float()
-                chosen, rejected = head(chosen_states), head(rejected_states)
+                mask = is_seen[index.to(fold.device)].float()[:, None]
+                chosen, rejected = head(chosen_states).head_rewards, head(rejected_states).head_rewards
                 loss = margin_loss(chosen, rejected, margin_target=self._reward.margin_target)
                 loss = loss + self._reward.bce_weight * anchor_loss(chosen, rejected)
                 ((loss * mask).sum() / count).backward()

@@ -30,6 +30,7 @@ _FACTS = b"raylign.facts"
 _CURE = "restore it from a backup, or start under a new run.name"
 _TOKENS = ("prompt_ids", "response_ids")
 _LOGPS = ("sampler_logps", "reference_token_logps")
+_OPTIONAL = ("token_rewards", "head_rewards", "head_scales")  # float32 lists of a response that may be missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +239,7 @@ _SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("reward_variance", pa.float64()),
         ("cost", pa.float64()),
-        ("token_rewards", pa.list_(pa.float32())),
+        *((name, pa.list_(pa.float32())) for name in _OPTIONAL),
     ]
 )
 
@@ -256,12 +257,12 @@ def _to_row(item: ScoredRollout) -> dict[str, Any]:
         "reward": item.reward,
         "reward_variance": item.reward_variance,
         "cost": item.cost,
-        "token_rewards": item.token_rewards,
+        **{name: getattr(item, name) for name in _OPTIONAL},
     }
 
 
 def _from_row(row: dict[str, Any]) -> ScoredRollout:
-    token_rewards = row["token_rewards"]
+    optional = {name: None if row[name] is None else np.array(row[name], np.float32) for name in _OPTIONAL}
     return ScoredRollout(
         rollout=Rollout(
             prompt_index=row["prompt_index"],
@@ -276,5 +277,5 @@ def _from_row(row: dict[str, Any]) -> ScoredRollout:
         reward_variance=row["reward_variance"],
         reference_token_logps=np.array(row["reference_token_logps"], np.float32),
         cost=row["cost"],
-        token_rewards=None if token_rewards is None else np.array(token_rewards, np.float32),
+        **optional,
     )

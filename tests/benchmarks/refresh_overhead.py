@@ -35,9 +35,9 @@ from raylign.cost.compare import MeasuredRatio, Side, refresh_overhead_ratio
 from raylign.models.forward import PolicyForward, resolve_layers
 from raylign.models.loading import load_policy, load_tokenizer, resolve_model
 from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.phases import versions
 from raylign.runtime.resources import ResourcePlan
-from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.round_facts import sample_requests
 from raylign.runtime.sampler import SamplerPool
 from raylign.runtime.scorer import ResponseScorer

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raylign.assets import asset_path
 from raylign.errors import DataError
 from raylign.evaluation.generation import encode_prompt
-from raylign.evaluation.scoring import RewardScorer, score_responses
+from raylign.evaluation.scoring import RewardScorer, StatesReward, score_responses
 from raylign.models.forward import PolicyForward
 from raylign.models.loading import load_tokenizer
+from raylign.rewards.posterior import RewardHead, ensemble_posterior
 from raylign.types import Message
 
 # two prompts, three answers to the first (an odd number) and one to the second, interleaved
@@ -62,21 +63,27 @@ def test_empty_answers_are_refused(model):
         score_responses(PolicyForward(model), [[1]], [[]], layout="shared", pad_token_id=0)
 
 
-def test_reward_reads_the_state_at_the_end_token(model):
+def test_reward_reads_the_state_at_the_end_token_and_obeys_its_rule(model):
     tokenizer = load_tokenizer(asset_path("tiny_chat"))
 
-    class Head(torch.nn.Module):
+    class Head(RewardHead):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.register_buffer("signs", torch.tensor([1.0, 3.0]))
 
         def forward(self, states):
-            return self.weight * states[:, 0, 3]
+            return ensemble_posterior(states[:, 0, 3, None] * self.signs)
 
-    scorer = RewardScorer(PolicyForward(model), tokenizer, Head(), layers=(2,), layout="shared")
+    scorer = RewardScorer(
+        PolicyForward(model),
+        tokenizer,
+        StatesReward(Head(), (2,)),
+        rule=lambda belief: belief.head_rewards.amin(-1),
+        layout="shared",
+    )
     prompt = (Message(role="user", content="Hi"),)
     rewards = scorer([prompt, prompt], ["Hello there", ""])
     for reward, text in zip(rewards, ["Hello there", ""], strict=True):
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         _, states = plain(model, encode_prompt(tokenizer, prompt), ids)
-        assert reward == pytest.approx(states[1, 3].item(), abs=1e-4)
+        assert reward == pytest.approx(min(states[1, 3].item() * sign for sign in (1, 3)), abs=1e-4)

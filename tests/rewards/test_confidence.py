@@ -10,13 +10,19 @@ from raylign.errors import DataError, ShapeError
 from raylign.losses import preference
 from raylign.losses.reward import margin_loss
 from raylign.rewards import confidence
-from raylign.rewards.confidence import EmaCenter, fit_temperature, pair_confidence, update_center
+from raylign.rewards.confidence import EmaCenter, pair_confidence, update_center
+from raylign.rewards.posterior import MarginPosterior
 
 DEFAULTS = {"alpha": 7.5, "floor": 0.0, "center": 0.0, "level": "pair", "squash": "sigmoid", "temperature": 1.0}
 
 
 def rewards(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def fit_temperature(margin: torch.Tensor, variance: torch.Tensor | None = None) -> float:
+    variance = torch.zeros_like(margin) if variance is None else variance
+    return confidence.fit_temperature(MarginPosterior(mean=margin, variance=variance))
 
 
 def gamma_of(chosen: torch.Tensor, rejected: torch.Tensor, **changes) -> torch.Tensor:
@@ -172,6 +178,23 @@ def test_fitted_temperature_recovers_the_simulated_one(true_temperature):
         stated = torch.sigmoid(margin.abs() / fitted)
         taken = (stated >= low) & (stated < high)
         assert (margin[taken] > 0).double().mean().item() == pytest.approx(stated[taken].mean().item(), abs=0.02)
+
+
+def test_temperature_of_uncertain_margins_is_the_one_with_the_lowest_loss():
+    """Grid search over the same likelihood; margins whose variance differs from pair to pair."""
+    generator = torch.Generator().manual_seed(1)
+    variance = 4 * torch.rand(400, generator=generator, dtype=torch.float64)
+    margin = torch.randn(400, generator=generator, dtype=torch.float64) + 0.8
+    belief = MarginPosterior(mean=margin, variance=variance)
+    target = 401 / 402
+
+    def loss(temperature: float) -> float:
+        logit = torch.logit(belief.preference_prob(temperature))
+        return -(target * torch.log(torch.sigmoid(logit)) + (1 - target) * torch.log(torch.sigmoid(-logit))).sum()
+
+    grid = torch.logspace(-1, 1.5, 2000, dtype=torch.float64).tolist()
+    assert fit_temperature(margin, variance) == pytest.approx(min(grid, key=loss), rel=5e-3)
+    assert fit_temperature(margin, variance) < fit_temperature(margin)  # part of the doubt is in the variance already
 
 
 def test_fitted_temperature_has_the_unit_of_the_reward():

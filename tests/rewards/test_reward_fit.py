@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
 import torch
 
 from raylign.errors import DataError, ShapeError
-from raylign.rewards.fit import cross_fit, fit_hybrid, fit_normalizer, grouped_folds, rewards, ridge_probes
+from raylign.losses.reward import anchor_loss, margin_loss
+from raylign.rewards.fit import fit_hybrid, member_weights, predict
+from raylign.rewards.probes import fit_normalizer, ridge_probes
 
 OPTIONS: dict[str, Any] = {
     "epochs": 4,
@@ -38,21 +39,7 @@ def fitted(chosen, rejected, *, seed: int = 0, **changes):
         rejected,
         valid_chosen=valid_chosen,
         valid_rejected=valid_rejected,
-        generator=torch.Generator().manual_seed(seed),
-        **{**OPTIONS, **changes},
-    )
-
-
-def cross_fitted(chosen, rejected, groups, *, num_folds: int = 3, **changes):
-    valid_chosen, valid_rejected = simulate(40, *chosen.shape[1:], seed=7)
-    return cross_fit(
-        chosen,
-        rejected,
-        groups,
-        valid_chosen=valid_chosen,
-        valid_rejected=valid_rejected,
-        num_folds=num_folds,
-        seed=5,
+        seed=seed,
         **{**OPTIONS, **changes},
     )
 
@@ -76,8 +63,8 @@ def test_a_constant_layer_scores_nothing_instead_of_nan():
     chosen, rejected = simulate(12, 2, 3)
     chosen[:, 0], rejected[:, 0] = 5.0, 5.0
     fit = fitted(chosen, rejected)
-    assert torch.isfinite(rewards(fit.head, chosen)).all()
-    assert (fit.head.layer_scores(chosen)[:, 0] == fit.head.probe_bias[0]).all()
+    assert torch.isfinite(predict(fit.head, chosen).mean).all()
+    assert (fit.head.layer_scores(chosen)[:, 0, 0] == fit.head.probe_bias[0, 0]).all()
 
 
 def test_overflowed_states_are_refused():
@@ -92,7 +79,7 @@ def test_ridge_is_the_penalised_least_squares_solution(width):
     """The slow oracle stacks the penalty under the data and calls least squares."""
     chosen, rejected = simulate(12, 2, width)
     mean, rms = fit_normalizer(chosen, rejected)
-    weights = ridge_probes(chosen, rejected, layer_mean=mean, layer_rms=rms, ridge=0.1)
+    (weights,) = ridge_probes(chosen, rejected, layer_mean=mean, layer_rms=rms, ridge=0.1)
     target = torch.cat([torch.ones(12), -torch.ones(12), torch.zeros(width)]).double()
     for layer in range(2):
         states = ((torch.cat([chosen, rejected])[:, layer] - mean[layer]) / rms[layer]).double()
@@ -106,7 +93,7 @@ def test_no_epochs_keep_the_ridge_start():
     fit = fitted(chosen, rejected, epochs=0)
     start = ridge_probes(chosen, rejected, layer_mean=fit.head.layer_mean, layer_rms=fit.head.layer_rms, ridge=0.1)
     assert torch.equal(fit.head.probe_weight, start)
-    assert (fit.best_epoch, len(fit.history)) == (0, 1)
+    assert (fit.best_epochs, len(fit.history)) == ((0,), 1)
 
 
 @pytest.mark.parametrize("train_probes", [True, False])
@@ -114,11 +101,9 @@ def test_probes_move_iff_they_are_trained(train_probes):
     chosen, rejected = simulate(40, 3, 4, strength=4.0)
     valid = {"valid_chosen": chosen, "valid_rejected": rejected}
     options = {**OPTIONS, "epochs": 1, "train_probes": train_probes}
-    fit = fit_hybrid(chosen, rejected, **valid, generator=torch.Generator().manual_seed(0), **options)
-    start = fit_hybrid(
-        chosen, rejected, **valid, generator=torch.Generator().manual_seed(0), **{**options, "epochs": 0}
-    )
-    assert fit.best_epoch == 1
+    fit = fit_hybrid(chosen, rejected, **valid, seed=0, **options)
+    start = fit_hybrid(chosen, rejected, **valid, seed=0, **{**options, "epochs": 0})
+    assert fit.best_epochs == (1,)
     assert (fit.head.probe_weight != start.head.probe_weight).all() if train_probes else True
     assert torch.equal(fit.head.probe_weight, start.head.probe_weight) is not train_probes
     assert torch.equal(fit.head.probe_bias, start.head.probe_bias) is not train_probes
@@ -136,19 +121,19 @@ def test_one_batch_is_one_adamw_step_on_the_sum_of_both_losses():
             rejected,
             valid_chosen=chosen,
             valid_rejected=rejected,
-            generator=torch.Generator().manual_seed(0),
+            seed=0,
             **{**options, "epochs": epochs, "learning_rate": 1e-4},
         )
         for epochs in (0, 1)
     ]
     start, moved = (fit.head for fit in fits)
-    assert [fit.best_epoch for fit in fits] == [0, 1]
+    assert [fit.best_epochs for fit in fits] == [(0,), (1,)]
     start.requires_grad_(True)
-    chosen_reward, rejected_reward = start(chosen), start(rejected)
+    chosen_reward, rejected_reward = start(chosen).mean, start(rejected).mean
     loss = torch.log1p(torch.exp(-(chosen_reward - rejected_reward - 2.0))).mean()
     loss = loss + 0.3 * (torch.log1p(torch.exp(-chosen_reward)) + torch.log1p(torch.exp(rejected_reward))).mean()
     loss.backward()
-    assert fits[1].history[1].train_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert fits[1].history[1].train_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     for before, after in zip(start.parameters(), moved.parameters(), strict=True):
         by_hand = before.detach() * (1 - 1e-4 * 0.5) - 1e-4 * before.grad.sign()
         torch.testing.assert_close(after.detach(), by_hand, rtol=0, atol=1e-6)
@@ -160,9 +145,9 @@ def test_best_epoch_is_chosen_by_accuracy_then_loss_and_its_parameters_are_kept(
     assert [record.epoch for record in fit.history] == list(range(7))
     best = max(record.valid_pair_accuracy for record in fit.history)
     tied = [record for record in fit.history if record.valid_pair_accuracy == best]
-    assert fit.best_epoch == min(tied, key=lambda record: record.valid_loss).epoch
-    assert 0 < fit.best_epoch < 6  # otherwise this data does not test the choice
-    again = fitted(chosen, rejected, epochs=fit.best_epoch, learning_rate=0.03)
+    assert fit.best_epochs[0] == min(tied, key=lambda record: record.valid_loss).epoch
+    assert 0 < fit.best_epochs[0] < 6  # otherwise this data does not test the choice
+    again = fitted(chosen, rejected, epochs=fit.best_epochs[0], learning_rate=0.03)
     assert same_head(fit.head, again.head)
 
 
@@ -174,11 +159,11 @@ def test_tied_accuracy_goes_to_the_lower_loss():
         rejected,
         valid_chosen=valid_chosen,
         valid_rejected=valid_rejected,
-        generator=torch.Generator().manual_seed(0),
+        seed=0,
         **OPTIONS,
     )
-    assert {record.valid_pair_accuracy for record in fit.history} == {1.0}
-    assert fit.best_epoch == 4 == min(fit.history, key=lambda record: record.valid_loss).epoch
+    assert {record.valid_pair_accuracy.item() for record in fit.history} == {1.0}
+    assert fit.best_epochs[0] == 4 == min(fit.history, key=lambda record: record.valid_loss).epoch
 
 
 def test_training_lowers_the_loss_and_depends_on_the_seed_alone():
@@ -199,7 +184,7 @@ def test_fits_fewer_pairs_than_coordinates_at_the_size_of_a_7b_model():
     chosen, rejected = (side.half() for side in simulate(16, 32, 4096, strength=4.0))
     fit = fitted(chosen, rejected, epochs=1)
     test_chosen, test_rejected = simulate(16, 32, 4096, strength=4.0, seed=3)
-    assert (rewards(fit.head, test_chosen) > rewards(fit.head, test_rejected)).float().mean() > 0.9
+    assert (predict(fit.head, test_chosen).mean > predict(fit.head, test_rejected).mean).float().mean() > 0.9
 
 
 def test_empty_or_unequal_features_are_refused():
@@ -210,69 +195,86 @@ def test_empty_or_unequal_features_are_refused():
         fitted(chosen, rejected[:3])
 
 
-def test_folds_depend_on_group_and_seed_alone():
-    groups = [f"prompt {i % 300}" for i in range(900)]
-    folds = grouped_folds(groups, 5, seed=0)
-    by_group = dict(zip(groups, folds.tolist(), strict=True))
-    assert [by_group[group] for group in groups] == folds.tolist()
-    assert grouped_folds(list(reversed(groups)), 5, seed=0).tolist() == folds.tolist()[::-1]
-    assert grouped_folds(groups[:7], 5, seed=0).tolist() == folds.tolist()[:7]
-    assert grouped_folds(groups, 5, seed=1).tolist() != folds.tolist()
-    assert torch.bincount(folds, minlength=5).min() > 900 / 5 / 2
-    assert set(grouped_folds(groups, 1, seed=0).tolist()) == {0}
+def test_weighted_ridge_counts_pairs_as_often_as_their_weight():
+    chosen, rejected = simulate(12, 2, 5)
+    mean, rms = fit_normalizer(chosen, rejected)
+    counts = torch.tensor([0, 1, 2, 3] * 3)
+    normal = {"layer_mean": mean, "layer_rms": rms}
+    (weighted,) = ridge_probes(chosen, rejected, **normal, ridge=0.1, weights=counts[:, None].float())
+    repeated = [side.repeat_interleave(counts, dim=0) for side in (chosen, rejected)]
+    (expected,) = ridge_probes(*repeated, **normal, ridge=0.1 * 12 / counts.sum().item())
+    torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_folds_stay_what_they_were():
-    """Golden: blake2b of "0:<group>", first 8 bytes mod 5; another value would reshuffle everybody's folds."""
-    assert grouped_folds(["a", "b", "c", "d", "e", "f"], 5, seed=0).tolist() == [2, 0, 1, 3, 1, 2]
+def test_members_in_one_pass_are_the_members_of_smaller_passes():
+    """Values are those of separate fits up to the rounding of a batched product."""
+    chosen, rejected = simulate(60, 3, 8)
+    weights = member_weights(60, 4, head_data="bootstrap", seed=3)
+    together = fitted(chosen, rejected, num_heads=4, weights=weights, learning_rate=0.03)
+    smaller = fitted(chosen, rejected, num_heads=2, weights=weights[:, :2], learning_rate=0.03)
+    single = fitted(chosen, rejected, weights=weights[:, :1], learning_rate=0.03)
+    rewards = predict(together.head, chosen).head_rewards
+    torch.testing.assert_close(rewards[:, :2], predict(smaller.head, chosen).head_rewards, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rewards[:, :1], predict(single.head, chosen).head_rewards, rtol=1e-3, atol=1e-4)
+    assert together.best_epochs[:2] == smaller.best_epochs
+    assert len(set(together.best_epochs)) > 1  # otherwise this data does not test the choice per member
 
 
-def test_out_of_fold_rewards_come_from_heads_that_never_saw_the_prompt():
-    chosen, rejected = simulate(60, 2, 8)
-    groups = [str(i // 2) for i in range(60)]
-    crossed = cross_fitted(chosen, rejected, groups)
-    assert len(crossed.heads) == 3
-    for fold, fit in enumerate(crossed.heads):
-        inside = crossed.fold == fold
-        alone = fitted(chosen[~inside], rejected[~inside], seed=5)
-        assert same_head(fit.head, alone.head)
-        assert torch.equal(crossed.chosen_reward[inside], rewards(fit.head, chosen[inside]))
-        assert torch.equal(crossed.rejected_reward[inside], rewards(fit.head, rejected[inside]))
-    assert same_head(crossed.full.head, fitted(chosen, rejected, seed=5).head)
+def test_weights_are_how_often_a_pair_counts():
+    chosen, rejected = simulate(40, 3, 4, strength=4.0)
+    options = {**OPTIONS, "batch_size": 40, "learning_rate": 1e-4, "epochs": 1}
+    weights = member_weights(40, 1, head_data="bootstrap", seed=0)
+    fit = fit_hybrid(chosen, rejected, valid_chosen=chosen, valid_rejected=rejected, seed=0, weights=weights, **options)
+    start = fit_hybrid(
+        chosen,
+        rejected,
+        valid_chosen=chosen,
+        valid_rejected=rejected,
+        seed=0,
+        weights=weights,
+        **{**options, "epochs": 0},
+    ).head
+    repeated = [side.repeat_interleave(weights[:, 0].long(), dim=0) for side in (chosen, rejected)]
+    rewards = [start.head_rewards(side) for side in repeated]
+    loss = margin_loss(*rewards, margin_target=1.0) + anchor_loss(*rewards)
+    assert fit.history[1].train_loss.item() == pytest.approx(loss.mean().item(), rel=1e-5)
 
 
-def test_only_out_of_fold_rewards_are_a_coin_on_permuted_labels():
-    chosen, rejected = simulate(300, 2, 64, strength=0.0)
-    groups = [str(i) for i in range(300)]
-    crossed = cross_fitted(chosen, rejected, groups, num_folds=5, epochs=1)
-    in_sample = cross_fitted(chosen, rejected, groups, num_folds=1, epochs=1)
-    assert (crossed.chosen_reward > crossed.rejected_reward).float().mean().item() == pytest.approx(0.5, abs=0.08)
-    assert (in_sample.chosen_reward > in_sample.rejected_reward).float().mean() > 0.7
+def test_bootstrapped_members_disagree_and_equal_members_do_not():
+    chosen, rejected = simulate(60, 3, 8)
+    weights = member_weights(60, 3, head_data="bootstrap", seed=0)
+    bootstrapped = fitted(chosen, rejected, num_heads=3, weights=weights)
+    own_starts = fitted(chosen, rejected, num_heads=3)
+    assert predict(bootstrapped.head, chosen).disagreement.min() > 0
+    assert predict(own_starts.head, chosen).disagreement.min() > 0
+    duplicated = predict(bootstrapped.head.select([1, 1, 1]), chosen)
+    assert duplicated.disagreement.max() < 1e-6
 
 
-def test_out_of_fold_rewards_find_flipped_labels():
-    chosen, rejected = simulate(200, 3, 16, strength=1.5)
-    flipped = torch.arange(200) % 5 == 0
-    stored = [torch.where(flipped[:, None, None], a, b) for a, b in ((rejected, chosen), (chosen, rejected))]
-    crossed = cross_fitted(*stored, [str(i) for i in range(200)], num_folds=5)
-    contradicted = crossed.chosen_reward < crossed.rejected_reward
-    assert (contradicted == flipped).float().mean() > 0.9
+def test_bootstrap_weights_are_poisson_and_those_of_a_member_do_not_depend_on_the_others():
+    weights = member_weights(4000, 3, head_data="bootstrap", seed=0)
+    assert torch.equal(weights[:, :2], member_weights(4000, 2, head_data="bootstrap", seed=0))
+    torch.testing.assert_close(weights.mean(0), torch.ones(3), rtol=0, atol=0.06)
+    torch.testing.assert_close(weights.var(0), torch.ones(3), rtol=0, atol=0.12)
+    assert abs(torch.corrcoef(weights.T)[0, 1]) < 0.06
+    assert not torch.equal(weights, member_weights(4000, 3, head_data="bootstrap", seed=1))
 
 
-def test_one_fold_scores_with_the_head_that_saw_the_pairs():
-    chosen, rejected = simulate(20, 2, 4)
-    crossed = cross_fitted(chosen, rejected, ["same"] * 20, num_folds=1)
-    assert crossed.heads == (crossed.full,)
-    assert torch.equal(crossed.chosen_reward, rewards(crossed.full.head, chosen))
+def test_shards_leave_each_member_all_pairs_but_its_part():
+    weights = member_weights(10, 5, head_data="shards", seed=0)
+    assert weights.sum(0).tolist() == [8.0] * 5
+    assert weights.sum(1).tolist() == [4.0] * 10
+    assert member_weights(10, 5, head_data="all", seed=0) is None
+    with pytest.raises(DataError, match="two members or more"):
+        member_weights(10, 1, head_data="shards", seed=0)
 
 
-def test_one_prompt_cannot_be_cross_fitted():
-    chosen, rejected = simulate(20, 2, 4)
-    with pytest.raises(DataError, match=re.escape("all 1 prompts fall into fold")):
-        cross_fitted(chosen, rejected, ["same"] * 20)
-
-
-def test_every_pair_needs_a_group():
-    chosen, rejected = simulate(20, 2, 4)
-    with pytest.raises(ShapeError, match="19 groups for 20 pairs"):
-        cross_fitted(chosen, rejected, ["same"] * 19)
+def test_standardised_members_share_mean_and_spread_on_the_validation_pairs():
+    chosen, rejected = simulate(60, 3, 8)
+    weights = member_weights(60, 3, head_data="bootstrap", seed=0)
+    options = {"num_heads": 3, "weights": weights, "bce_weight": 0.0, "learning_rate": 0.03}
+    raw, standard = (fitted(chosen, rejected, is_standardized=flag, **options) for flag in (False, True))
+    calibration = torch.cat(simulate(40, 3, 8, seed=7))
+    means, standard_means = (predict(fit.head, calibration).head_rewards.mean(0) for fit in (raw, standard))
+    assert means.std() > 1e-3
+    assert standard_means.std() < 1e-6

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from raylign.losses.reward import anchor_loss, margin_loss
-from raylign.rewards.fit import fit_hybrid, fit_normalizer, rewards, ridge_probes
+from raylign.rewards.fit import fit_hybrid, predict
 from raylign.rewards.hybrid import HybridReward
+from raylign.rewards.probes import fit_normalizer, ridge_probes
 
 NUM_SEEDS, NUM_PAIRS, NUM_TRAIN, WIDTH = 10, 400, 200, 64
 SCALE = torch.tensor([1.0, 2, 4, 6, 8, 16])
@@ -57,7 +58,7 @@ def simulate(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def started(row: Row, seed: int, chosen: torch.Tensor, rejected: torch.Tensor) -> HybridReward:
     generator = torch.Generator().manual_seed(1000 + seed)
-    head = HybridReward(NUM_LAYERS, WIDTH, generator=generator)
+    head = HybridReward(NUM_LAYERS, WIDTH, generators=[generator])
     with torch.no_grad():
         head.probe_bias.uniform_(-1, 1, generator=generator)
         if row.normalises:
@@ -83,7 +84,7 @@ def held_out_rewards(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     optimizer = torch.optim.Adam(trained, lr=row.learning_rate, weight_decay=0.01)
 
     def reward(parameters: dict, buffers: dict, features: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(heads[0], (parameters, buffers), (features,))
+        return torch.func.functional_call(heads[0], (parameters, buffers), (features,)).mean
 
     all_rewards = torch.func.vmap(reward)
     generator = torch.Generator().manual_seed(0)
@@ -153,8 +154,8 @@ def test_fit_finds_the_order_and_nothing_where_labels_are_permuted(permutes, low
             bce_weight=1.0,
             margin_target=1.0,
             train_probes=True,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
-        held_out = rewards(fit.head, chosen[200:]), rewards(fit.head, rejected[200:])
+        held_out = predict(fit.head, chosen[200:]).mean, predict(fit.head, rejected[200:]).mean
         accuracies.append((held_out[0] > held_out[1]).float().mean().item())
     assert low <= sum(accuracies) / NUM_SEEDS <= high

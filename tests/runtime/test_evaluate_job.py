@@ -25,7 +25,7 @@ from raylign.evaluation.prompts import load_prompts, select_prompts
 from raylign.evaluation.refusal import load_refusal_labels
 from raylign.models.numerics import actor_device
 from raylign.rewards.hybrid import HybridReward
-from raylign.runtime import evaluators, reward_job
+from raylign.runtime import evaluators, reward_scorer
 from raylign.runtime.evaluate_job import (
     check_drift,
     evaluate_models,
@@ -246,8 +246,8 @@ def test_rewards_have_the_number_types_of_the_features(policies, tmp_path, adapt
     options = ActorOptions(dtype="bfloat16", adapter=adapter)
     head = HybridReward(1, 16)
     fitted = SimpleNamespace(full=head)
-    monkeypatch.setattr(reward_job.FittedReward, "load", lambda _: fitted)
-    scorer = reward_job.make_reward_scorer(str(policies["before"]), str(tmp_path), (1,), options=options)
+    monkeypatch.setattr(reward_scorer.FittedReward, "load", lambda _: fitted)
+    scorer = reward_scorer.make_reward_scorer(str(policies["before"]), str(tmp_path), (1,), options=options)
     features = FeatureExtractor(str(policies["before"]), FeaturesSection(), options.policy)
     for forward in (scorer._forward, features.forward):
         assert forward.autocast_dtype == torch.bfloat16

@@ -99,7 +99,7 @@ def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Any, tmp_pat
 
 DRIVER = """
 import sys, ray, raylign
-from raylign.runtime.reward_job import FittedReward
+from raylign.runtime.fitted_reward import FittedReward
 from pathlib import Path
 storage, resume = sys.argv[1], sys.argv[2] == "resume"
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -8,15 +8,22 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from raylign.config import ConfidenceSection, RewardSection
+from raylign.config import ConfidenceSection, RunConfig, load_config
 from raylign.data.states import states_to_column
 from raylign.errors import CheckpointError, DataError
 from raylign.rewards.confidence import label_confidence
-from raylign.rewards.fit import grouped_folds, rewards
-from raylign.runtime.reward_job import FULL, FittedReward, fit_reward, rank_pairs, rank_table, read_states
+from raylign.rewards.cross_fit import grouped_folds
+from raylign.rewards.fit import predict
+from raylign.runtime.fitted_reward import FittedReward
+from raylign.runtime.pair_states import read_states
+from raylign.runtime.rank_job import FULL, rank_pairs, rank_table
+from raylign.runtime.reward_job import fit_reward
 
 NUM_LAYERS, WIDTH = 3, 8
-REWARD = RewardSection(folds=3, epochs=2, batch_size=16)
+
+
+def config_of(**reward) -> RunConfig:
+    return load_config(values={"reward": {"folds": 3, "epochs": 2, "batch_size": 16, **reward}})
 
 
 def made_up_pairs(num_pairs: int = 240, *, strength: float = 1.0, seed: int = 0) -> pa.Table:
@@ -42,7 +49,7 @@ def fitted(ray_cluster: None) -> FittedReward:
     import ray.data
 
     dataset = ray.data.from_arrow(made_up_pairs())
-    return fit_reward(dataset, config=REWARD, confidence=ConfidenceSection(), seed=0)
+    return fit_reward(dataset, config=config_of())
 
 
 @pytest.mark.ray
@@ -61,12 +68,7 @@ def test_states_without_signal_stay_at_chance_out_of_fold(ray_cluster):
 
     table = made_up_pairs(400, strength=0.0)
     dataset = ray.data.from_arrow(table)
-    fits = {
-        folds: fit_reward(
-            dataset, config=RewardSection(folds=folds, epochs=2, ridge=1e-3), confidence=ConfidenceSection(), seed=0
-        )
-        for folds in (1, 5)
-    }
+    fits = {folds: fit_reward(dataset, config=config_of(folds=folds, batch_size=32, ridge=1e-3)) for folds in (1, 5)}
     assert abs(fits[5].metrics["out_of_fold_accuracy"] - 0.5) < 0.1
     assert fits[1].metrics["out_of_fold_accuracy"] is None
     ranked = rank_table(table, shared=(fits[1], ConfidenceSection())).filter(pc.equal(table["split"], "train"))
@@ -86,7 +88,7 @@ def test_training_pairs_are_scored_by_the_head_of_their_fold_and_others_by_the_f
         assert ranked["fold"][row] == expected
         head = fitted.full if expected == FULL else fitted.heads[expected]
         center = fitted.full_center if expected == FULL else fitted.centers[expected]
-        chosen, rejected = (rewards(head, part[row : row + 1]) for part in states)
+        chosen, rejected = (predict(head, part[row : row + 1]).mean for part in states)
         gamma = label_confidence(
             chosen,
             rejected,
@@ -127,7 +129,7 @@ def test_heads_survive_the_disk_and_damage_is_named(fitted, tmp_path):
     back = FittedReward.load(tmp_path)
     states, _ = read_rows(made_up_pairs())
     for ours, theirs in zip((*fitted.heads, fitted.full), (*back.heads, back.full), strict=True):
-        assert torch.equal(rewards(ours, states), rewards(theirs, states))
+        assert torch.equal(predict(ours, states).head_rewards, predict(theirs, states).head_rewards)
     assert (back.centers, back.temperature, back.metrics) == (fitted.centers, fitted.temperature, fitted.metrics)
     (tmp_path / "heads.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="rerun the reward phase"):
@@ -157,4 +159,4 @@ def test_missing_split_is_a_data_error(ray_cluster):
     table = made_up_pairs()
     only_train = table.filter(pc.equal(table["split"], "train"))
     with pytest.raises(DataError, match="no pair in the 'valid' split"):
-        fit_reward(ray.data.from_arrow(only_train), config=REWARD, confidence=ConfidenceSection(), seed=0)
+        fit_reward(ray.data.from_arrow(only_train), config=config_of())

@@ -13,15 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raylign.config import RobustSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.data.tokenization import end_of_response_id
 from raylign.evaluation.generation import encode_prompt
-from raylign.evaluation.scoring import RewardScorer
+from raylign.evaluation.scoring import RewardScorer, StatesReward
 from raylign.models.loading import load_config, load_tokenizer, resolve_layout, resolve_model
 from raylign.models.numerics import load_reference
 from raylign.rewards.hybrid import HybridReward
 from raylign.runtime.evaluators import ActorOptions
-from raylign.runtime.reward_job import FittedReward
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.scorer import ResponseScorer
 from raylign.types import Message, Rollout
 
@@ -33,7 +34,7 @@ ANSWERS = ("Warm water, flour and time.", "No.", "I would rather not talk about 
 
 def random_head(seed: int) -> HybridReward:
     width = load_config(MODEL).hidden_size
-    head = HybridReward(len(LAYERS), width, generator=torch.Generator().manual_seed(seed))
+    head = HybridReward(len(LAYERS), width, generators=[torch.Generator().manual_seed(seed)])
     return head.requires_grad_(False)
 
 
@@ -68,7 +69,7 @@ def reward_dir(tmp_path_factory, head):
 def make_scorer(reward_dir):
     """Build a scorer; the number of threads that it sets is put back."""
     threads = torch.get_num_threads()
-    yield lambda **options: ResponseScorer(MODEL, reward_dir, LAYERS, ActorOptions(**options))
+    yield lambda **options: ResponseScorer(MODEL, reward_dir, LAYERS, RobustSection(), ActorOptions(**options))
     torch.set_num_threads(threads)
 
 
@@ -125,7 +126,9 @@ def test_rewards_of_ended_responses_are_the_rewards_of_the_texts(make_scorer, ma
     options = ActorOptions(dtype=dtype)
     forward = load_reference(MODEL, options.policy, "cpu")
     layout = resolve_layout("auto", forward.causal_lm.config)
-    of_texts = RewardScorer(forward, tokenizer, head, layers=LAYERS, layout=layout)
+    of_texts = RewardScorer(
+        forward, tokenizer, StatesReward(head, LAYERS), rule=lambda belief: belief.mean, layout=layout
+    )
     expected = of_texts([conversation(question) for question, _ in pairs], [answer for _, answer in pairs])
     assert smallest_gap(expected) > 1e-3  # responses that traded rewards would be seen
     scored = make_scorer(dtype=dtype).score([make_rollout(question, answer) for question, answer in pairs])

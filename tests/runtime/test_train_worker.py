@@ -8,8 +8,8 @@ from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table, write_pair
 from raylign.config import load_config
 from raylign.errors import DataError
 from raylign.rewards.hybrid import HybridReward
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.identity import base_model_name, method_identity, run_identity
-from raylign.runtime.reward_job import FittedReward
 from raylign.runtime.train_worker import WorkerTask, build_live_confidence
 from raylign.training.micro_batches import Packing
 from raylign.training.table import PairTable, read_split

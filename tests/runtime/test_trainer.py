@@ -287,9 +287,9 @@ def test_a_dataset_trains_like_its_parquet_files(
 @pytest.mark.slow
 def test_live_confidence_follows_anchors(ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:
     from raylign.rewards.hybrid import HybridReward
-    from raylign.runtime.reward_job import FittedReward
+    from raylign.runtime.fitted_reward import FittedReward
 
-    heads = tuple(HybridReward(NUM_LAYERS, HIDDEN, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    heads = tuple(HybridReward(NUM_LAYERS, HIDDEN, generators=[torch.Generator().manual_seed(k)]) for k in range(3))
     fitted = FittedReward(
         heads=heads[:2],
         centers=(0.0, 0.0),

@@ -97,7 +97,7 @@ def train(
 
 
 def make_live(config: RunConfig, world: World) -> LiveConfidence:
-    heads = [HybridReward(NUM_LAYERS, HIDDEN, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    heads = [HybridReward(NUM_LAYERS, HIDDEN, generators=[torch.Generator().manual_seed(k)]) for k in range(2)]
     anchors = tiny_table(0, num_valid=5, seed=4)
     return LiveConfidence(
         heads,

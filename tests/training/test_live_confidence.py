@@ -35,7 +35,7 @@ def packing(batch_tokens: int) -> Packing:
 
 
 def make_heads(num_heads: int = 2) -> list[HybridReward]:
-    return [HybridReward(NUM_LAYERS, HIDDEN, generator=torch.Generator().manual_seed(k)) for k in range(num_heads)]
+    return [HybridReward(NUM_LAYERS, HIDDEN, generators=[torch.Generator().manual_seed(k)]) for k in range(num_heads)]
 
 
 def make_live(
@@ -77,7 +77,7 @@ def rewards_by_own_head(policy: PolicyForward, heads: list[HybridReward]) -> tor
     batch = PairTable(tiny_table(NUM_PAIRS)).batch(np.arange(NUM_PAIRS))
     scores = policy(pack_pairs(batch.tokens, layout="padded", pad_token_id=0), layers=LAYERS)
     with torch.no_grad():
-        rows = [[heads[i % len(heads)](states[i : i + 1]) for i in range(NUM_PAIRS)] for states in _both(scores)]
+        rows = [[heads[i % len(heads)](states[i : i + 1]).mean for i in range(NUM_PAIRS)] for states in _both(scores)]
     return torch.tensor(rows).double()
 
 
@@ -191,7 +191,7 @@ def test_stored_order_moves_a_head_only_by_pairs_outside_its_fold() -> None:
     for number, head in enumerate(expected):
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01)
         rows = [i for i in range(NUM_PAIRS) if i % 2 != number]
-        chosen, rejected = head(scores.chosen_states[rows]), head(scores.rejected_states[rows])
+        chosen, rejected = head(scores.chosen_states[rows]).mean, head(scores.rejected_states[rows]).mean
         (margin_loss(chosen, rejected, margin_target=1.0) + anchor_loss(chosen, rejected)).mean().backward()
         optimizer.step()
     live = make_live(track="stored_order")

@@ -113,7 +113,7 @@ class Trial:
         return state
 
     def live(self) -> LiveConfidence:
-        heads = [HybridReward(NUM_LAYERS, HIDDEN, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+        heads = [HybridReward(NUM_LAYERS, HIDDEN, generators=[torch.Generator().manual_seed(k)]) for k in range(2)]
         return LiveConfidence(
             heads,
             layers=(1, 2),

@@ -1,0 +1,75 @@
+"""Cached hidden states on the driver, for whatever fits heads on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from raylign.errors import DataError
+from raylign.runtime.features_job import states_from_column
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStates:
+    """Cached states of the pairs that heads are fitted and judged on.
+
+    Attributes:
+        chosen: (N, L, D), float16 or float32.
+        rejected: likewise.
+        prompt_key: N keys; pairs of one prompt share one.
+        split: N names.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    prompt_key: list[str]
+    split: list[str]
+
+    def part(self, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """Chosen, rejected and prompt keys of one split."""
+        rows = [i for i, name in enumerate(self.split) if name == split]
+        if not rows:
+            raise DataError(f"no pair in the {split!r} split; give more prompts or larger data.{split}_fraction")
+        return self.chosen[rows], self.rejected[rows], [self.prompt_key[i] for i in rows]
+
+
+def read_states(features: ray.data.Dataset, *, max_pairs: int) -> PairStates:
+    """Collect states on the driver, at most `max_pairs` training pairs and as many held-out ones.
+
+    Which pairs are taken depends on hashes of their ids alone.
+    """
+    names = ["row_id", "prompt_key", "split"]
+    index = pa.concat_tables(features.select_columns(names).iter_batches(batch_format="pyarrow", batch_size=None))
+    kept = _sample_ids(index, max_pairs)
+    columns = [*names, "chosen_states", "rejected_states"]
+    keep = pa.array(sorted(kept))
+    tables = [
+        batch.filter(pc.is_in(batch["row_id"], value_set=keep))
+        for batch in features.select_columns(columns).iter_batches(batch_format="pyarrow", batch_size=1024)
+    ]
+    table = pa.concat_tables(tables)
+    table = table.take(pc.sort_indices(table, sort_keys=[("row_id", "ascending")]))
+    return PairStates(
+        chosen=torch.from_numpy(states_from_column(table["chosen_states"]).copy()),
+        rejected=torch.from_numpy(states_from_column(table["rejected_states"]).copy()),
+        prompt_key=table["prompt_key"].to_pylist(),
+        split=table["split"].to_pylist(),
+    )
+
+
+def _sample_ids(index: pa.Table, max_pairs: int) -> set[str]:
+    kept: set[str] = set()
+    for is_train in (True, False):
+        mask = pc.equal(index["split"], "train")
+        rows = index.filter(mask if is_train else pc.invert(mask))
+        ids, keys = rows["row_id"].to_pylist(), rows["prompt_key"].to_pylist()
+        # in the order of the prompts' keys, which are hashes already
+        kept |= {row_id for _, row_id in sorted(zip(keys, ids, strict=True))[:max_pairs]}
+    return kept

@@ -1,0 +1,45 @@
+"""The rule over members that the configuration names, applied to beliefs."""
+
+from __future__ import annotations
+
+import torch
+
+from raylign.config import RobustSection
+from raylign.rewards import aggregate
+from raylign.rewards.posterior import RewardPosterior
+
+
+def robust_rewards(posterior: RewardPosterior, robust: RobustSection) -> torch.Tensor:
+    """One reward of each response, by `robust.rule`; the mean when there is one member.
+
+    With robust.set_type=heads_global the n responses are those of one round, and the minimum is that of the member
+    which is worst on average over all of them.
+
+    Args:
+        posterior: of n responses.
+        robust: rule and knobs.
+
+    Returns:
+        Shape (n,), without gradient.
+    """
+    mu, sigma = posterior.head_rewards, posterior.head_scales
+    if posterior.num_heads == 1:
+        return posterior.mean.detach()
+    if robust.set_type == "heads_global" and robust.rule in ("min", "brme"):
+        w_nominal = robust.w_nominal if robust.rule == "brme" else 0.0
+        return aggregate.global_rewards(mu, sigma, w_nominal=w_nominal, head=aggregate.worst_head(mu))
+    match robust.rule:
+        case "mean":
+            return posterior.mean.detach()
+        case "min":
+            return aggregate.minimum(mu, sigma)
+        case "uwo":
+            return aggregate.uwo(mu, sigma, weight=robust.uncertainty_weight)
+        case "lcb":
+            return aggregate.lcb(mu, sigma, k=robust.lcb_k)
+        case "cvar":
+            return aggregate.cvar(mu, sigma, level=robust.cvar_level)
+        case "entropic":
+            return aggregate.entropic(mu, sigma, b=robust.entropic_b)
+        case "brme":
+            return aggregate.brme(mu, sigma, w_nominal=robust.w_nominal)
