@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from raylign.config import ConfidenceSection
 from raylign.errors import CheckpointError
+from raylign.rewards.gaussian import GaussianHeads
 from raylign.rewards.hybrid import HybridReward
 from raylign.rewards.posterior import RewardHead
 from raylign.runtime.phases import write_json
@@ -21,7 +22,7 @@ from raylign.runtime.phases import write_json
 HEADS_FILE = "heads.safetensors"
 REWARD_FILE = "reward.json"
 
-_HEADS: dict[str, type[RewardHead]] = {"hybrid": HybridReward, "ensemble": HybridReward}
+_HEADS: dict[str, type[RewardHead]] = {"hybrid": HybridReward, "ensemble": HybridReward, "brme": GaussianHeads}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from raylign.evaluation.metrics import bootstrap_mean, brier, expected_calibrati
 from raylign.rewards.confidence import count_flips, fit_temperature, pair_confidence
 from raylign.rewards.cross_fit import cross_fit
 from raylign.rewards.fit import FitOptions, fit_hybrid, member_weights, predict
+from raylign.rewards.fit_gaussian import fit_gaussian, standardize_targets
 from raylign.rewards.posterior import MarginPosterior, RewardHead, RewardPosterior, margin_posterior
 from raylign.runtime.fitted_reward import FittedReward, resolve_temperature
 from raylign.runtime.pair_states import read_states
@@ -136,9 +137,8 @@ def head_fitter(train: Pairs, valid: Pairs, config: RunConfig) -> Callable[[torc
     """
     settings, seed = config.reward, config.run.seed
     chosen, rejected = train
-    num_heads = 1 if settings.kind == "hybrid" else settings.num_heads
 
-    def probes(rows: torch.Tensor, *, num_heads: int, weights: torch.Tensor | None = None) -> RewardHead:
+    def probes(rows: torch.Tensor, *, num_heads: int = 1, weights: torch.Tensor | None = None) -> RewardHead:
         return fit_hybrid(
             chosen[rows],
             rejected[rows],
@@ -151,11 +151,32 @@ def head_fitter(train: Pairs, valid: Pairs, config: RunConfig) -> Callable[[torc
             **_fit_options(config),
         ).head
 
+    def gaussian(rows: torch.Tensor, weights: torch.Tensor) -> RewardHead:
+        """BRME: the first stage's rewards of its own training pairs are the targets of the second."""
+        first = probes(rows)
+        of_train, of_valid = Held.of(first, chosen[rows], rejected[rows]), Held.of(first, *valid)
+        units = standardize_targets(of_train.chosen.mean, of_train.rejected.mean)
+        return fit_gaussian(
+            chosen[rows],
+            rejected[rows],
+            chosen_target=units(of_train.chosen.mean),
+            rejected_target=units(of_train.rejected.mean),
+            valid_chosen=valid[0],
+            valid_rejected=valid[1],
+            valid_chosen_target=units(of_valid.chosen.mean),
+            valid_rejected_target=units(of_valid.rejected.mean),
+            weights=weights,
+            generator=torch.Generator().manual_seed(seed),
+            **config.brme.model_dump(),
+        ).heads
+
     def fit(rows: torch.Tensor) -> RewardHead:
         if settings.kind == "hybrid":
-            return probes(rows, num_heads=1)
-        weights = member_weights(len(rows), num_heads, head_data=settings.head_data, seed=seed)
-        return probes(rows, num_heads=num_heads, weights=weights)
+            return probes(rows)
+        weights = member_weights(len(rows), settings.num_heads, head_data=settings.head_data, seed=seed)
+        if settings.kind == "brme":
+            return gaussian(rows, torch.ones(len(rows), settings.num_heads) if weights is None else weights)
+        return probes(rows, num_heads=settings.num_heads, weights=weights)
 
     return fit
 

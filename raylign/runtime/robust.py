@@ -34,7 +34,7 @@ def robust_rewards(posterior: RewardPosterior, robust: RobustSection) -> torch.T
         case "min":
             return aggregate.minimum(mu, sigma)
         case "uwo":
-            return aggregate.uwo(mu, sigma, weight=robust.uncertainty_weight)
+            return aggregate.uwo(mu, sigma, uncertainty_weight=robust.uncertainty_weight)
         case "lcb":
             return aggregate.lcb(mu, sigma, k=robust.lcb_k)
         case "cvar":

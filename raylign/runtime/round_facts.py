@@ -89,4 +89,29 @@ def round_facts(scored: Sequence[ScoredRollout], sync: SyncReport) -> dict[str, 
         "sync/bytes": sync.num_bytes,
         "sync/version": sync.version,
         "sync/probe_kl": sync.probe_kl,
+        **_member_facts(scored),
     }
+
+
+def _member_facts(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Which members of the reward decide, and how far they are apart; nothing with one member."""
+    if scored[0].head_rewards is None:
+        return {}
+    import torch
+
+    from raylign.rewards.member_facts import member_facts
+
+    scales = [item.head_scales for item in scored if item.head_scales is not None]
+    facts = member_facts(
+        torch.from_numpy(np.stack([item.head_rewards for item in scored])),
+        torch.from_numpy(np.stack(scales)) if scales else None,
+    )
+    named = {
+        "reward/disagreement": facts.mean_disagreement,
+        "reward/gap": facts.mean_gap,
+        **{f"reward/argmin_share/{head}": share for head, share in enumerate(facts.argmin_share)},
+    }
+    if facts.nominal_share is not None and facts.mean_sigma is not None:
+        named["reward/sigma"] = facts.mean_sigma
+        named |= {f"reward/nominal_share/{head}": share for head, share in enumerate(facts.nominal_share)}
+    return named
