@@ -12,17 +12,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from raylign.report.compare_facts import spread
-from raylign.report.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    VERMILION,
-    empty_panel,
-    error_bars,
-    legend_below,
-    new_figure,
-)
+from raylign.report.figures import COLORS, GREY, GRID, MARKERS, empty_panel, error_bars, legend_below, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +21,6 @@ if TYPE_CHECKING:
     from raylign.report.compare_data import ComparisonResult, MethodResult, Point
     from raylign.types import Interval
 
-_COLORS = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "black")
-_MARKERS = "osD^vP*"
 _HATCHES = ("", "//", "..", "xx")
 _PANELS = (
     ("violation_rate", "Judged unsafe\n(harmful prompts)"),
@@ -79,8 +67,8 @@ def _rates(result: ComparisonResult, costs: Callable[[Point], Sequence[float]], 
                     [rate.mean for _, rate in points],
                     xerr=error_bars([cost for cost, _ in points]),
                     yerr=error_bars([rate for _, rate in points]),
-                    fmt=_MARKERS[index % len(_MARKERS)] + "-",
-                    color=_COLORS[index % len(_COLORS)],
+                    fmt=MARKERS[index % len(MARKERS)] + "-",
+                    color=COLORS[index % len(COLORS)],
                     ms=6,
                     lw=1,
                     elinewidth=1,
@@ -96,7 +84,7 @@ def _rates(result: ComparisonResult, costs: Callable[[Point], Sequence[float]], 
         axes.set_xscale("log")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid(axis="y", color="#e6e9ee", lw=0.8)
+        axes.grid(axis="y", color=GRID, lw=0.8)
         axes.set_axisbelow(True)
     reached = [cost for name in drawn for point in drawn[name] for cost in costs(point)]
     _number_log_axis(panels, min(reached), max(reached))
@@ -138,8 +126,8 @@ def phase_bars(methods: Sequence[MethodResult], phases: Mapping[str, Sequence[fl
             means,
             left=left,
             height=0.62,
-            color=_COLORS[index % (len(_COLORS) - 1)],
-            hatch=_HATCHES[index // (len(_COLORS) - 1) % len(_HATCHES)],
+            color=COLORS[index % (len(COLORS) - 1)],
+            hatch=_HATCHES[index // (len(COLORS) - 1) % len(_HATCHES)],
             edgecolor="white",
             label=phase,
         )

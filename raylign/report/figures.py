@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from raylign.types import Interval
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+GRID = "#e6e9ee"
+COLORS = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "black")  # of series, in order
+MARKERS = "osD^vP*"  # of the same series
 _DPI = 110
 
 
