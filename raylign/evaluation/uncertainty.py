@@ -85,12 +85,14 @@ class MarginQuality:
     Attributes:
         accuracy: share of pairs with a positive mean margin.
         calibration_error: of the preference probability, mirrored (see `expected_calibration_error`).
+        calibration_limit: error that a calibrated model of the same probabilities stays below in 95 % of samples.
         brier: mean squared distance of that probability from 1; .25 for a coin.
         log_likelihood: mean log of that probability, nats; -log 2 for a coin.
     """
 
     accuracy: Interval
     calibration_error: Interval
+    calibration_limit: float
     brier: Interval
     log_likelihood: Interval
 
@@ -227,8 +229,8 @@ def accuracy_rejection(margin_mean: ArrayLike, uncertainty: ArrayLike, *, shares
 def shift_auroc(familiar: ArrayLike, shifted: ArrayLike) -> Interval:
     r"""How well a signal tells shifted responses from familiar ones, with DeLong's 95 % interval.
 
-    Use it on disagreement between members and on the deviation that members state (see `least_sigma`): the second
-    describes label noise and need not grow away from the data.
+    Use it on disagreement between members and on the least deviation that a member states: the second describes label
+    noise and need not grow away from the data.
 
     Args:
         familiar: the signal on responses like the training data. Shape (N,).
@@ -254,25 +256,6 @@ def shift_auroc(familiar: ArrayLike, shifted: ArrayLike) -> Interval:
     return Interval(mean=area, low=max(0.0, area - spread), high=min(1.0, area + spread), num_items=num_items)
 
 
-def least_sigma(sigma_nM: ArrayLike) -> Floats:
-    """The smallest standard deviation that a member states, the sigma behind the nominal reward of arXiv:2409.15360.
-
-    Args:
-        sigma_nM: stated by each member. Shape (n, M).
-
-    Returns:
-        Shape (n,).
-
-    Raises:
-        ShapeError: input that is not two-dimensional.
-    """
-    sigma: Floats = np.asarray(sigma_nM, dtype=np.float64)
-    if sigma.ndim != 2 or sigma.shape[1] < 1:
-        raise ShapeError(f"sigma {sigma.shape} must be (n, M) with at least one member")
-    least: Floats = sigma.min(axis=1)
-    return least
-
-
 def margin_quality(
     margin_mean: ArrayLike,
     margin_variance: ArrayLike,
@@ -283,9 +266,10 @@ def margin_quality(
 ) -> MarginQuality:
     r"""Accuracy, calibration error, Brier score and log-likelihood of margins whose first answer is the chosen one.
 
-    Definition: \(P = \sigma(m / \sqrt{T^2 + \pi v / 8})\). The interval of the calibration error is the basic bootstrap
-    (the estimate twice, minus the resampled quantile), because resampling adds once more the upward bias that the
-    estimate has; it is widened where needed to contain the estimate.
+    Definition: \(P = \sigma(m / \sqrt{T^2 + \pi v / 8})\). The calibration error is biased upward by the noise of its
+    bins, and resampling adds noise again, so its interval is the basic bootstrap (the estimate twice, minus the
+    resampled quantile), widened where needed to contain the estimate. Near 0 that does not undo the whole bias: whether
+    the error is more than noise is what the limit says, from orders drawn with the stated probabilities.
 
     Args:
         margin_mean: m, reward units. Shape (B,).
@@ -302,7 +286,8 @@ def margin_quality(
         ShapeError: the two differ in shape.
         DataError: a negative variance.
 
-    Source: MacKay (1992) for P; Davison and Hinkley (1997), Section 5.2, for the basic bootstrap.
+    Source: MacKay (1992) for P; Davison and Hinkley (1997), Section 5.2, for the basic bootstrap; Bröcker and Smith
+    (2007) for the limit.
     """
     mean_B, variance_B = _vector(margin_mean, "margin_mean"), _vector(margin_variance, "margin_variance")
     if mean_B.shape != variance_B.shape:
@@ -318,6 +303,7 @@ def margin_quality(
     return MarginQuality(
         accuracy=interval((mean_B > 0).astype(np.float64)),
         calibration_error=_calibration_interval(stated_B, num_samples=num_samples, generator=generator),
+        calibration_limit=_calibration_limit(stated_B, num_samples=num_samples, generator=generator),
         brier=interval(np.square(1 - stated_B)),
         log_likelihood=interval(-np.logaddexp(0, -logit_B)),
     )
@@ -335,6 +321,14 @@ def _calibration_interval(stated_B: Floats, *, num_samples: int, generator: np.r
     return Interval(
         mean=estimate, low=max(0.0, min(float(low), estimate)), high=max(float(high), estimate), num_items=num_pairs
     )
+
+
+def _calibration_limit(stated_B: Floats, *, num_samples: int, generator: np.random.Generator) -> float:
+    drawn = [
+        expected_calibration_error(np.where(generator.random(len(stated_B)) < stated_B, stated_B, 1 - stated_B))
+        for _ in range(num_samples)
+    ]
+    return float(np.quantile(drawn, 0.95))
 
 
 def _curve(stated: Floats, right: Floats, num_bins: int) -> ReliabilityCurve:
