@@ -140,7 +140,8 @@ def fit_gaussian(
     r"""Fit Gaussian heads to first-stage rewards: normaliser, start, then AdamW on a loss of mean and sigma.
 
     Start of a head: its mean is the weighted ridge regression of the targets, shrunk not to zero but to the head's own
-    random weights, \(\min_w \sum_i m_i (w \cdot z_i + b - t_i)^2 + N\lambda|w - w_0|^2\), \(w_0 \sim N(0, s^2/F)\).
+    random weights, \(\min_w \sum_i m_i (w \cdot z_i + b - t_i)^2 + \lambda|w - w_0|^2 \sum_i m_i/2\), i an answer,
+    \(w_0 \sim N(0, s^2/F)\).
     Where the data say something all heads agree; where they do not, heads keep what they drew, which is what makes them
     disagree about unfamiliar input even when all see the same pairs. Its sigma is its root mean square error on the
     validation pairs, not on the training pairs, which it may fit exactly.

@@ -10,6 +10,7 @@ import torch
 
 from raylign.errors import DataError, ShapeError
 from raylign.evaluation.metrics import auroc
+from raylign.losses.gaussian_reward import purm
 from raylign.rewards.fit_gaussian import GaussianFit, fit_gaussian, standardize_targets
 from raylign.rewards.gaussian import GaussianHeads, share_at_floor
 
@@ -150,12 +151,47 @@ def test_every_head_keeps_its_best_epoch(loss):
     valid_chosen, valid_rejected = states(200, seed=1)
     target = torch.cat([gold(valid_chosen, noise=0.3, seed=12), gold(valid_rejected, noise=0.3, seed=13)])
     kept = fit.heads(torch.cat([valid_chosen, valid_rejected]))
-    error = (kept.head_rewards - target[:, None]).square().mean(0).sqrt()
-    torch.testing.assert_close(fit.valid_error, error, rtol=1e-5, atol=1e-6)
-    if loss in ("gaussian_nll", "beta_nll"):
-        likelihood = (kept.head_rewards - target[:, None]).square() / (2 * kept.head_scales.square())
-        likelihood = (likelihood + kept.head_scales.log()).mean(0)
-        torch.testing.assert_close(losses.min(0).values, likelihood, rtol=1e-4, atol=1e-5)
+    mu, sigma, squares = kept.head_rewards, kept.head_scales, (kept.head_rewards - target[:, None]).square()
+    torch.testing.assert_close(fit.valid_error, squares.mean(0).sqrt(), rtol=1e-5, atol=1e-6)
+    margin, variance = mu[:200] - mu[200:], sigma[:200].square() + sigma[200:].square()
+    likelihood = squares / (2 * sigma.square()) + sigma.log()
+    compared = {
+        "gaussian_nll": likelihood,
+        "beta_nll": likelihood,
+        "mse_reparam": squares + sigma.square(),
+        "mse_reparam_kl": squares + sigma.square() + 0.1 * ((mu.square() + sigma.square() - 1) / 2 - sigma.log()),
+        "margin_mse": (margin - (target[:200] - target[200:])[:, None]).square() + variance,
+        "purm": purm(margin, variance),
+    }[loss]
+    torch.testing.assert_close(losses.min(0).values, compared.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_that_a_head_does_not_count_teaches_it_nothing():
+    weights = torch.ones(120, 2)
+    weights[:40, 0] = 0
+    chosen, rejected = states(120, seed=0)
+    targets = [gold(half) for half in (chosen, rejected)]
+    wrong = [torch.where(torch.arange(120) < 40, -9.0, target) for target in targets]
+    heads = [
+        fit_gaussian(
+            chosen,
+            rejected,
+            chosen_target=chosen_target,
+            rejected_target=rejected_target,
+            valid_chosen=chosen,
+            valid_rejected=rejected,
+            valid_chosen_target=targets[0],
+            valid_rejected_target=targets[1],
+            weights=weights,
+            generator=torch.Generator().manual_seed(0),
+            **OPTIONS | {"ridge": 10.0},
+        ).heads
+        for chosen_target, rejected_target in (targets, wrong)
+    ]
+    told, misled = (each(chosen) for each in heads)
+    assert torch.equal(told.head_rewards[:, 0], misled.head_rewards[:, 0])
+    assert torch.equal(told.head_scales[:, 0], misled.head_scales[:, 0])
+    assert not torch.allclose(told.head_rewards[:, 1], misled.head_rewards[:, 1], atol=0.1)
 
 
 def test_likelihood_finds_the_noise_from_a_wrong_start_and_sampled_error_the_floor():
