@@ -281,7 +281,6 @@ def add_members(
             lora_alpha=alpha,
             target_modules="all-linear",
             task_type="SEQ_CLS",
-            base_model_name_or_path=model.config.name_or_path,
         )
         with torch.random.fork_rng(devices=[]), _without_renaming_warnings():
             torch.manual_seed(seed)  # peft draws from the global generator

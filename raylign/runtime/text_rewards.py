@@ -54,11 +54,11 @@ def make_text_reward(
         ModelError: a classifier, tokenizer or label that cannot be used.
     """
     options = options or ActorOptions()
+    facts = None if directory is None else read_facts(Path(directory))
     tokenizer = load_tokenizer(model_path, trust_remote_code=options.trust_remote_code)
-    if directory is None:
+    if facts is None or directory is None:
         return _external(tokenizer, reward_model, options)
     directory = Path(directory)
-    facts = read_facts(directory)
     dtype = weights_dtype(options.policy, actor_device(options.num_gpus))
     if facts["kind"] == "warm":
         model: Any = load_external(directory / MERGED, dtype=dtype, trust_remote_code=options.trust_remote_code)
