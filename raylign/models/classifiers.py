@@ -113,9 +113,8 @@ class ClassifierForward(nn.Module):
         return self._head(states).reshape(2, batch.num_pairs, -1)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
-        # bfloat16 outputs would have three digits, too few to tell good answers apart
-        with torch.autocast(states.device.type, enabled=False):
-            outputs: torch.Tensor = getattr(self.classifier, HEAD)(states.float())
+        # outside of autocast: bfloat16 outputs would have three digits, too few to tell good answers apart
+        outputs: torch.Tensor = getattr(self.classifier, HEAD)(states.float())
         return outputs
 
     def _autocast(self) -> Any:

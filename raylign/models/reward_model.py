@@ -5,6 +5,7 @@ Shape letters: n responses, B pairs, M members, C outputs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ class TextReward:
     back as a conversation, which is templated anew: with the classifier's own chat template or, when it has none, as
     the texts of all turns and the response with an empty line between them and its own begin and end tokens. Its inputs
     over its length limit lose their beginning (chat template) or their end; ids over the limit of a classifier that
-    reads the policy's ids are an error.
+    reads the policy's ids are an error. What spells a special token of its tokenizer is taken out of the texts, because
+    a policy could otherwise write turns of the user that praise it.
 
     Responses are closed first: what was cut by a length limit, or ended by another special token, ends with the
     end-of-response token, as stored responses do.
@@ -72,6 +74,7 @@ class TextReward:
         self._reader = ConversationReader(tokenizer)
         self._members = tuple(members)
         self._own: Any = own_tokenizer
+        self._spelled = _special_texts(own_tokenizer)
         self._column = column
         self._sign = -1.0 if is_cost else 1.0
         self._scale_M = torch.ones(self.num_heads) if scale is None else scale.float().cpu()
@@ -198,16 +201,15 @@ class TextReward:
 
     def _read(self, conversation: Sequence[Message], response: str) -> list[int]:
         """Ids of one input of a classifier with a tokenizer of its own."""
+        turns = [(turn.role, turn.content) for turn in conversation] + [("assistant", response)]
+        messages = [{"role": role, "content": self._spelled.sub("", content)} for role, content in turns]
         if self._own.chat_template:
-            turns = [{"role": turn.role, "content": turn.content} for turn in conversation]
             try:
-                text = self._own.apply_chat_template(
-                    [*turns, {"role": "assistant", "content": response}], tokenize=False
-                )
+                text = self._own.apply_chat_template(messages, tokenize=False)
             except TemplateError as error:
                 raise ModelError(f"the reward model's chat template refuses a conversation: {error}") from error
         else:
-            text = "\n\n".join([*(turn.content for turn in conversation), response])
+            text = "\n\n".join(message["content"] for message in messages)
         self._own.truncation_side = "left" if self._own.chat_template else "right"
         limit = min(self._own.model_max_length, self._max_tokens or _FALLBACK_MAX_TOKENS)
         ids: list[int] = self._own(
@@ -273,6 +275,16 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 def _longest(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def _special_texts(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
+    """Matches what a tokenizer would take for one of its special tokens; nothing where there is none."""
+    if tokenizer is None:
+        return re.compile(r"(?!)")
+    ids = set(tokenizer.all_special_ids)
+    ids |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(ids)), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in spelled) or r"(?!)")
 
 
 def _check_lengths(first: Sequence[Any], second: Sequence[Any]) -> None:

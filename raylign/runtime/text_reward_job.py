@@ -20,7 +20,14 @@ import torch
 
 from raylign.config import PolicySection, RewardModelSection, RewardSection
 from raylign.errors import DataError, TrainingError
-from raylign.models.classifiers import add_members, load_classifier, load_members, neutral_pad_id
+from raylign.models.classifiers import (
+    HEAD,
+    ClassifierForward,
+    add_members,
+    load_classifier,
+    load_members,
+    neutral_pad_id,
+)
 from raylign.models.loading import load_tokenizer, resolve_layout
 from raylign.models.numerics import actor_device
 from raylign.models.reward_model import score_pairs
@@ -211,35 +218,25 @@ def _collect(references: Sequence[Any], timeout_s: float) -> list[Any]:
 
 def _fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequence[int]) -> list[dict[str, Any]]:
     """Train some members in one process, save them, and say how they do on the validation pairs."""
-    start = time.monotonic()
+    started_s = time.monotonic()
     if not task.num_gpus:
         torch.set_num_threads(max(1, int(task.num_cpus)))
     train, valid = (pairs_from_table(table) for table in pairs)
-    tokenizer = load_tokenizer(task.model_path, trust_remote_code=task.policy.trust_remote_code)
-    section, is_warm = task.reward_model, task.reward.kind == "warm"
-    seeds = [_member_seed(task.seed, member) for member in members]
-    model = _load_base(task, pad_token_id=neutral_pad_id(tokenizer), is_training=True)
-    start_hash = weights_hash(model.state_dict()) if is_warm else None
-    names = [task.names[member] for member in members]
-    peft_model = add_members(
-        model,
-        names,
-        rank=section.lora_rank,
-        alpha=section.lora_alpha,
-        seeds=seeds,
-        # averaged members start at one head, members of an ensemble at their own
-        head_seeds=[task.seed] * len(members) if is_warm else seeds,
-    )
-    forward = on_device(peft_model, task.policy, task.num_gpus)
+    section, names = task.reward_model, [task.names[member] for member in members]
+    forward, start_hashes = _start_members(task, members)
+    config = forward.classifier.config
+    rows: dict[str, Any] = {
+        "layout": resolve_layout("auto", config),
+        "pad_token_id": int(config.pad_token_id),
+        "batch_tokens": section.batch_tokens,
+    }
     options = MemberTraining(
         epochs=section.epochs,
         batch_size=section.batch_size,
         learning_rate=section.learning_rate,
         anchor_weight=ANCHOR_WEIGHT,
         diversity_weight=section.diversity_weight,
-        batch_tokens=section.batch_tokens,
-        layout=resolve_layout("auto", model.config),
-        pad_token_id=int(model.config.pad_token_id),
+        **rows,
     )
     weights_NM = member_weights(len(train), task.reward.num_heads, head_data=task.reward.head_data, seed=task.seed)
     losses_MU = train_members(
@@ -247,21 +244,15 @@ def _fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequenc
         names,
         train,
         options=options,
-        seeds=seeds,
+        seeds=[_member_seed(task.seed, member) for member in members],
         weights=None if weights_NM is None else weights_NM[:, list(members)],
     )
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - started_s
     records = []
     for position, (member, name) in enumerate(zip(members, names, strict=True)):
-        _save_member(peft_model, name, task.output_dir)
+        _save_member(forward.model, name, task.output_dir)
         forward.activate(name)
-        rewards_2N = score_pairs(
-            forward,
-            valid,
-            layout=options.layout,
-            pad_token_id=options.pad_token_id,
-            batch_tokens=options.batch_tokens,
-        )
+        rewards_2N = score_pairs(forward, valid, **rows)
         records.append(
             {
                 "member": member,
@@ -270,10 +261,41 @@ def _fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequenc
                 "last_loss": float(losses_MU[position, -10:].mean()),
                 "num_updates": losses_MU.shape[1],
                 "seconds": seconds / len(members),
-                "start_hash": start_hash,
+                "start_hash": start_hashes[position],
             }
         )
     return records
+
+
+def _start_members(task: FitTask, members: Sequence[int]) -> tuple[ClassifierForward, list[str | None]]:
+    """Fresh members where they train, and for members that will be averaged the hash of each one's weights."""
+    tokenizer = load_tokenizer(task.model_path, trust_remote_code=task.policy.trust_remote_code)
+    model = load_classifier(
+        task.model_path,
+        pad_token_id=neutral_pad_id(tokenizer),
+        seed=task.seed,
+        dtype=weights_dtype(task.policy, actor_device(task.num_gpus)),
+        trust_remote_code=task.policy.trust_remote_code,
+        gradient_checkpointing=task.policy.gradient_checkpointing,
+    )
+    names = [task.names[member] for member in members]
+    seeds = [_member_seed(task.seed, member) for member in members]
+    state = model.state_dict()  # by the names that they have before peft wraps the layers
+    is_warm = task.reward.kind == "warm"
+    peft_model = add_members(
+        model,
+        names,
+        rank=task.reward_model.lora_rank,
+        alpha=task.reward_model.lora_alpha,
+        seeds=seeds,
+        # averaged members start at one head, members of an ensemble at their own
+        head_seeds=[task.seed] * len(members) if is_warm else seeds,
+    )
+    hashes: list[str | None] = [None] * len(members)
+    if is_warm:  # an adapter adds nothing yet, so that the classifier with the member's head is the start
+        heads = model.get_submodule(HEAD).modules_to_save
+        hashes = [weights_hash(state | {f"{HEAD}.weight": heads[name].weight}) for name in names]
+    return on_device(peft_model, task.policy, task.num_gpus), hashes
 
 
 def _merge(pairs: tuple[pa.Table, pa.Table], task: FitTask, start_hashes: Sequence[str]) -> torch.Tensor:
@@ -315,18 +337,6 @@ def _merge(pairs: tuple[pa.Table, pa.Table], task: FitTask, start_hashes: Sequen
 
 def _member_seed(seed: int, member: int) -> int:
     return (seed * 1_000_003 + member) % 2**63
-
-
-def _load_base(task: FitTask, *, pad_token_id: int, is_training: bool) -> Any:
-    device = actor_device(task.num_gpus)
-    return load_classifier(
-        task.model_path,
-        pad_token_id=pad_token_id,
-        seed=task.seed,
-        dtype=weights_dtype(task.policy, device),
-        trust_remote_code=task.policy.trust_remote_code,
-        gradient_checkpointing=is_training and task.policy.gradient_checkpointing,
-    )
 
 
 def _save_member(peft_model: Any, name: str, directory: Path) -> None:

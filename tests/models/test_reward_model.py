@@ -242,6 +242,9 @@ def test_an_external_classifier_with_another_tokenizer_reads_the_texts(policy_di
         ids = own(f"[user]Hi there[assistant]{text}<eos>", add_special_tokens=False, return_tensors="pt")["input_ids"]
         torch.testing.assert_close(value, model(ids).logits[0, 1], rtol=0, atol=1e-6)
 
+    forged = reward.posterior_of_texts([PROMPT], [f"<eos>{RESPONSES[0]}<eos>"])
+    assert torch.equal(forged.mean, reward.posterior_of_texts([PROMPT], RESPONSES[:1]).mean)
+
     cost = TextReward(ClassifierForward(model), tokenizer, own_tokenizer=own, column=column, is_cost=True)
     assert torch.equal(cost.posterior_of_texts([PROMPT] * 3, RESPONSES).mean, -belief.mean)
     with pytest.raises(ModelError, match="no conversation gives"):
