@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-
 from raylign.compare_config import DRIFT_KEYS, Comparison, Trial
 from raylign.config import RunConfig, check_devices
 from raylign.cost.projection import ProjectionSettings
@@ -21,7 +18,7 @@ from raylign.evaluation.safety import compare_summaries, summarise
 from raylign.models.loading import model_fingerprint, resolve_model
 from raylign.report.compare_data import ComparisonResult, MethodResult, Point
 from raylign.runtime.check import check_packages
-from raylign.runtime.costs import LEDGER_DIR, open_ledger, phase_devices
+from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
     evaluate_models,
@@ -29,9 +26,8 @@ from raylign.runtime.evaluate_job import (
     load_completions,
     save_completions,
 )
-from raylign.runtime.phases import Run, digest, open_run, write_json
-from raylign.runtime.pipeline import POLICY_DIR, Phases, actor_options
-from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.phases import Run, digest, renamed, write_json
+from raylign.runtime.pipeline import POLICY_DIR, Phases, actor_options, check_demand, open_phases
 from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.types import Completion
 
@@ -59,9 +55,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
     for config in (base, *(trial.config for trial in comparison.trials)):
         check_devices(config)
         check_packages(config)
-        check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), _nodes())
-    shared_config = _renamed(base, storage=directory, name=SHARED)
-    shared = Phases(shared_config, _open(shared_config), model)
+        check_demand(config)
+    shared = open_phases(renamed(base, storage=directory, name=SHARED), model)
     devices = shared.run.devices["evaluate"]
     shared.run.devices = {**shared.run.devices, **{_evaluation(seed): devices for seed in comparison.compare.seeds}}
     ingest, ingest_facts = shared.ingest()
@@ -70,7 +65,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     reward_key = digest([features_digest, reward_facts])
     trained: dict[Trial, Run] = {}
     for trial in comparison.trials:
-        phases = Phases(trial.config, _open(trial.config), model)
+        phases = open_phases(trial.config, model)
         if trial.config.train.method != "offline":
             phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
         elif trial.config.train.objective == "label_confidence":
@@ -118,23 +113,6 @@ def comparison_directory(comparison: Comparison) -> Path:
     """`<run.storage>/<run.name>` of the shared configuration, absolute."""
     run = comparison.base.run
     return Path(run.storage).expanduser().absolute() / run.name
-
-
-def _renamed(config: RunConfig, *, storage: Path, name: str) -> RunConfig:
-    return config.model_copy(update={"run": config.run.model_copy(update={"storage": str(storage), "name": name})})
-
-
-def _open(config: RunConfig) -> Run:
-    """The directory of one run of the comparison, with its ledger."""
-    cluster = ray.cluster_resources()
-    run = open_run(config)
-    run.ledger = open_ledger(config, run.directory, cluster)
-    run.devices = phase_devices(ResourcePlan.from_config(config), cluster, driver_cpus=torch.get_num_threads())
-    return run
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def checkpoints(training: Path) -> dict[int, Path]:

@@ -125,6 +125,11 @@ def run_directory(config: RunConfig) -> Path:
     return directory
 
 
+def renamed(config: RunConfig, *, storage: Path, name: str) -> RunConfig:
+    """The configuration of a run inside another run's directory."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"storage": str(storage), "name": name})})
+
+
 def open_run(config: RunConfig) -> Run:
     """Create or reopen the directory of a run and write its resolved configuration.
 

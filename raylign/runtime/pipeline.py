@@ -298,12 +298,9 @@ def align(config: RunConfig) -> AlignResult:
     check_devices(config)
     check_packages(config)
     model = resolve_model(config.policy.model)
-    plan, cluster = ResourcePlan.from_config(config), ray.cluster_resources()
-    check_plan(plan, cluster, _node_resources())
-    run = open_run(config)
-    run.ledger = open_ledger(config, run.directory, cluster)
-    run.devices = phase_devices(plan, cluster, driver_cpus=torch.get_num_threads())
-    phases = Phases(config, run, model)
+    check_demand(config)
+    phases = open_phases(config, model)
+    run = phases.run
     ingest, ingest_facts = phases.ingest()
     features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = phases.reward(features, features_digest)
@@ -338,6 +335,33 @@ def align(config: RunConfig) -> AlignResult:
     )
 
 
+def check_demand(config: RunConfig) -> None:
+    """Compare what a run asks for with the cluster.
+
+    Raises:
+        ResourceError: with the arithmetic.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), nodes)
+
+
+def open_phases(config: RunConfig, model: str) -> Phases:
+    """The phases of a run in its directory, priced by its ledger.
+
+    Args:
+        config: of the run.
+        model: directory of the policy before training.
+
+    Raises:
+        OutputExistsError: the directory is in use and `run.resume` is not set.
+    """
+    plan, cluster = ResourcePlan.from_config(config), ray.cluster_resources()
+    run = open_run(config)
+    run.ledger = open_ledger(config, run.directory, cluster)
+    run.devices = phase_devices(plan, cluster, driver_cpus=torch.get_num_threads())
+    return Phases(config, run, model)
+
+
 def actor_options(config: RunConfig) -> ActorOptions:
     """Evaluation actors: as many as asked for, each as large as a feature actor."""
     return ActorOptions(
@@ -359,7 +383,3 @@ def held_out_prompts(ingest: Path, num: int) -> list[list[Message]]:
         if row["split"] == "test":
             found.setdefault(row["prompt_key"], [Message(**turn) for turn in row["prompt"]])
     return [found[key] for key in sorted(found)[:num]]
-
-
-def _node_resources() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
