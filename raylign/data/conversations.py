@@ -49,7 +49,7 @@ class ConversationReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Any = tokenizer
         self._end_id = end_of_response_id(tokenizer)
-        self._special = set(tokenizer.all_special_ids)
+        self._special = special_ids(tokenizer)
         plain = self._frame(has_system=False)
         if plain is None:
             raise ModelError("the policy's chat template leaves out texts of a conversation, it cannot be read back")
@@ -136,6 +136,12 @@ class ConversationReader:
             return []
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that no plain text gives: the tokenizer's named special tokens and the added ones that are special."""
+    added = tokenizer.added_tokens_decoder
+    return set(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
 
 
 def _cut(text: str, frame: _Frame) -> tuple[Message, ...] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 
-from raylign.data.conversations import ConversationReader, Ids
+from raylign.data.conversations import ConversationReader, Ids, special_ids
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
 from raylign.data.tokenization import end_of_response_id
 from raylign.errors import DataError, ModelError
@@ -281,9 +281,7 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]
     """Matches what a tokenizer would take for one of its special tokens; nothing where there is none."""
     if tokenizer is None:
         return re.compile(r"(?!)")
-    ids = set(tokenizer.all_special_ids)
-    ids |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(ids)), key=len, reverse=True)
+    spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))), key=len, reverse=True)
     return re.compile("|".join(re.escape(token) for token in spelled) or r"(?!)")
 
 

@@ -78,8 +78,8 @@ def test_responses_lose_special_tokens_and_are_closed_once(make_tokenizer):
     tokenizer = make_tokenizer()
     reader = ConversationReader(tokenizer)
     text = tokenizer("Sure <3", add_special_tokens=False)["input_ids"]
-    end, other = tokenizer.convert_tokens_to_ids(["<eos>", "<pad>"])
-    for ids in (text, [*text, end], [*text, other], [*text, other, end]):
+    end, other, turn = tokenizer.convert_tokens_to_ids(["<eos>", "<pad>", "<|user|>"])
+    for ids in (text, [*text, end], [*text, other], [*text, other, end], [*text, turn]):
         assert reader.response(ids) == "Sure <3"
         assert reader.close(ids) == [*text, end]
     assert reader.close([end]) == [end]

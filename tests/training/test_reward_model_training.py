@@ -135,7 +135,7 @@ def test_a_weight_of_two_is_the_pair_twice_and_of_zero_none():
 def test_the_loss_is_the_weighted_pair_loss_plus_the_anchor():
     pairs, forward = made_up_pairs(6), members(["member0"])
     chosen, rejected = rewards(forward, "member0", pairs).double()
-    weights = torch.tensor([[1.0], [0.0], [3.0], [1.0], [1.0], [0.0]])
+    weights = torch.tensor([[1.0], [0.0], [3.0], [1.0], [0.0], [0.0]])
     [losses] = train_members(
         forward, ["member0"], pairs, options=options(batch_size=6, anchor_weight=0.3), seeds=[0], weights=weights
     )
