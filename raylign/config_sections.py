@@ -124,7 +124,7 @@ class BrmeSection(Section):
     )
     epochs: int = Field(20, ge=1, description="passes over the pairs")
     batch_size: int = Field(32, ge=1, description="pairs of one step")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW step")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW step, divided by the square root of the inputs")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
     sigma_floor: float = Field(1e-3, gt=0, description="smallest standard deviation of a head, reward units")
 

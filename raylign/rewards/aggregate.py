@@ -4,7 +4,7 @@ Every rule over members is called `rule(mu, sigma, *, knobs)`, takes sigma or No
 without gradient: a policy must not be able to move its reward model. What `heads_global` needs instead, one head for
 the whole round, is `head_sums`, `worst_head_of_sums` and `global_rewards`.
 
-Shape letters: n responses, M members (heads), T rounds.
+Shape letters: n responses, M members (heads).
 """
 
 from __future__ import annotations
@@ -191,24 +191,6 @@ def brme(mu: torch.Tensor, sigma: torch.Tensor | None, *, w_nominal: float) -> t
     return _mix(mu, sigma, mu.amin(-1), w_nominal)
 
 
-def interval(mu: torch.Tensor, sigma: torch.Tensor | None, *, k: float) -> torch.Tensor:
-    r"""Lowest end of the heads' own intervals: \(\min_i (\mu_i - k\sigma_i)\).
-
-    Args:
-        mu: means of the heads. Shape (n, M).
-        sigma: standard deviations that the heads state. Shape (n, M).
-        k: standard deviations below the mean.
-
-    Returns:
-        Shape (n,), reward units.
-
-    Raises:
-        ShapeError: mu is not (n, M), or sigma has another shape or is missing.
-    """
-    mu, sigma = check_members(mu, sigma)
-    return (mu - k * _stated(sigma)).amin(-1)
-
-
 def nominal_head(sigma: torch.Tensor) -> torch.Tensor:
     """Most confident head of each response: least sigma, ties to the lowest index.
 
@@ -303,29 +285,6 @@ def global_rewards(mu: torch.Tensor, sigma: torch.Tensor | None, *, head: int, w
     if not 0 <= head < mu.shape[1]:
         raise ShapeError(f"head={head} must be one of the {mu.shape[1]} members")
     return _mix(mu, sigma, mu[:, head], w_nominal)
-
-
-def adversary_weights(mean_rewards: torch.Tensor, *, eta: float) -> torch.Tensor:
-    r"""Weights of the heads after T rounds of exponentiated gradient from uniform, the smooth `worst_head`.
-
-    Definition: \(u_j \leftarrow u_j e^{-\eta\overline{\mu_j}}\), normalised. Against a policy that answers each round
-    with its optimum, u converges to the minimiser of the dual
-    \(\beta\log E_{\pi_0} e^{(w r_{nominal} + (1 - w)\sum_j u_j\mu_j)/\beta}\).
-
-    Args:
-        mean_rewards: mean reward of each head in each round so far. Shape (T, M); T = 0 gives uniform weights.
-        eta: step, per reward unit.
-
-    Returns:
-        Shape (M,), adding up to 1.
-
-    Raises:
-        ShapeError: mean_rewards is not (T, M).
-
-    Source: Kivinen and Warmuth (1997), "Exponentiated gradient versus gradient descent for linear predictors".
-    """
-    mean_rewards, _ = check_members(mean_rewards, None)
-    return torch.softmax(-eta * mean_rewards.sum(0), 0)
 
 
 def check_members(mu: torch.Tensor, sigma: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

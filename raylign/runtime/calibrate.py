@@ -160,10 +160,11 @@ def measure_trial(shared: tuple[PairStates, Candidates], config: RunConfig, flip
     """
     torch.set_num_threads(1)
     states, candidates = shared
-    train = reversed_pairs(*states.part("train")[:2], share=flip, seed=config.run.seed)
+    chosen, rejected, groups = states.part("train")
+    train = reversed_pairs(chosen, rejected, share=flip, seed=config.run.seed)
     valid = reversed_pairs(*states.part("valid")[:2], share=flip, seed=config.run.seed + 1)
     start = time.monotonic()
-    head = head_fitter(train, valid, config)(torch.arange(len(train[0])))
+    head = head_fitter(train, groups, valid, config)(torch.arange(len(groups)))
     seconds = time.monotonic() - start
     temperature = fit_temperature(Held.of(head, *valid).margin)
     test = Held.of(head, *states.part("test")[:2])

@@ -16,13 +16,19 @@ from raylign.config import ConfidenceSection
 from raylign.errors import CheckpointError
 from raylign.rewards.gaussian import GaussianHeads
 from raylign.rewards.hybrid import HybridReward
+from raylign.rewards.laplace import LaplaceReward
 from raylign.rewards.posterior import RewardHead
 from raylign.runtime.phases import write_json
 
 HEADS_FILE = "heads.safetensors"
 REWARD_FILE = "reward.json"
 
-_HEADS: dict[str, type[RewardHead]] = {"hybrid": HybridReward, "ensemble": HybridReward, "brme": GaussianHeads}
+_HEADS: dict[str, type[RewardHead]] = {
+    "hybrid": HybridReward,
+    "ensemble": HybridReward,
+    "brme": GaussianHeads,
+    "laplace": LaplaceReward,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

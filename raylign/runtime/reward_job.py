@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from raylign.errors import DataError
 from raylign.evaluation.layers import layer_curve
 from raylign.evaluation.metrics import bootstrap_mean, brier, expected_calibration_error
 from raylign.rewards.confidence import count_flips, fit_temperature, pair_confidence
-from raylign.rewards.cross_fit import cross_fit
+from raylign.rewards.cross_fit import cross_fit, grouped_folds
 from raylign.rewards.fit import FitOptions, fit_hybrid, member_weights, predict
 from raylign.rewards.fit_gaussian import fit_gaussian, standardize_targets
+from raylign.rewards.hybrid import HybridReward
+from raylign.rewards.laplace import fit_laplace
 from raylign.rewards.posterior import MarginPosterior, RewardHead, RewardPosterior, margin_posterior
 from raylign.runtime.fitted_reward import FittedReward, resolve_temperature
 from raylign.runtime.pair_states import read_states
@@ -56,7 +58,7 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
         groups,
         num_folds=settings.folds,
         seed=seed,
-        fit=head_fitter((chosen, rejected), (valid[0], valid[1]), config),
+        fit=head_fitter((chosen, rejected), groups, (valid[0], valid[1]), config),
     )
     on_valid = Held.of(fit.full, valid[0], valid[1])
     full_center = on_valid.mean_reward
@@ -127,18 +129,22 @@ class Held:
         return float((self.chosen.mean > self.rejected.mean).double().mean())
 
 
-def head_fitter(train: Pairs, valid: Pairs, config: RunConfig) -> Callable[[torch.Tensor], RewardHead]:
-    """What fits one head of `reward.kind` on the pairs at given positions.
+def head_fitter(
+    train: Pairs, groups: Sequence[str], valid: Pairs, config: RunConfig
+) -> Callable[[torch.Tensor], RewardHead]:
+    """What fits one head of `reward.kind` on the pairs at given positions; call it for all pairs first.
 
     Args:
         train: states of all training pairs.
+        groups: prompt key of each.
         valid: states of the pairs that choose epochs and calibrate.
         config: sections reward and brme, and the seed.
     """
     settings, seed = config.reward, config.run.seed
     chosen, rejected = train
+    prior_precision = settings.prior_precision
 
-    def probes(rows: torch.Tensor, *, num_heads: int = 1, weights: torch.Tensor | None = None) -> RewardHead:
+    def probes(rows: torch.Tensor, *, num_heads: int = 1, weights: torch.Tensor | None = None) -> HybridReward:
         return fit_hybrid(
             chosen[rows],
             rejected[rows],
@@ -152,15 +158,19 @@ def head_fitter(train: Pairs, valid: Pairs, config: RunConfig) -> Callable[[torc
         ).head
 
     def gaussian(rows: torch.Tensor, weights: torch.Tensor) -> RewardHead:
-        """BRME: the first stage's rewards of its own training pairs are the targets of the second."""
-        first = probes(rows)
-        of_train, of_valid = Held.of(first, chosen[rows], rejected[rows]), Held.of(first, *valid)
-        units = standardize_targets(of_train.chosen.mean, of_train.rejected.mean)
+        """BRME: rewards of a first stage, which did not see the pair where there are folds, are the targets."""
+        fold = grouped_folds([groups[row] for row in rows.tolist()], settings.folds, seed + 1)
+        left_out = torch.nn.functional.one_hot(fold, settings.folds).float()
+        # all folds in one pass: a member of the first stage is a fold's head, blind to that fold
+        first = probes(rows, num_heads=settings.folds, weights=1 - left_out if settings.folds > 1 else None)
+        targets = [(predict(first, side[rows]).head_rewards * left_out).sum(1) for side in train]
+        units = standardize_targets(targets[0], targets[1])
+        of_valid = Held.of(first, *valid)
         return fit_gaussian(
             chosen[rows],
             rejected[rows],
-            chosen_target=units(of_train.chosen.mean),
-            rejected_target=units(of_train.rejected.mean),
+            chosen_target=units(targets[0]),
+            rejected_target=units(targets[1]),
             valid_chosen=valid[0],
             valid_rejected=valid[1],
             valid_chosen_target=units(of_valid.chosen.mean),
@@ -170,9 +180,25 @@ def head_fitter(train: Pairs, valid: Pairs, config: RunConfig) -> Callable[[torc
             **config.brme.model_dump(),
         ).heads
 
+    def laplace(rows: torch.Tensor) -> RewardHead:
+        nonlocal prior_precision
+        fit = fit_laplace(
+            chosen[rows],
+            rejected[rows],
+            valid_chosen=valid[0],
+            valid_rejected=valid[1],
+            prior_precision=prior_precision,
+            num_draws=settings.num_heads,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        prior_precision = fit.prior_precision  # the one of all pairs serves the folds
+        return fit.head
+
     def fit(rows: torch.Tensor) -> RewardHead:
         if settings.kind == "hybrid":
             return probes(rows)
+        if settings.kind == "laplace":
+            return laplace(rows)
         weights = member_weights(len(rows), settings.num_heads, head_data=settings.head_data, seed=seed)
         if settings.kind == "brme":
             return gaussian(rows, torch.ones(len(rows), settings.num_heads) if weights is None else weights)

@@ -9,8 +9,6 @@ import math
 
 import torch
 
-from raylign.rewards.aggregate import adversary_weights
-
 
 def tilted(reward: torch.Tensor, beta: float) -> torch.Tensor:
     """argmax over p of E_p[reward] - beta KL(p || uniform): p proportional to exp(reward / beta)."""
@@ -43,6 +41,11 @@ def play(
     """Weights (M,) of an adversary over heads (M, A) whose every round is answered with the best policy."""
     means = heads.new_zeros(num_rounds, len(heads))
     for t in range(num_rounds):
-        mixture = adversary_weights(means[:t], eta=eta * (1 - w)) @ heads
+        mixture = _weights(means[:t], eta * (1 - w)) @ heads
         means[t] = heads @ tilted(w * nominal + (1 - w) * mixture, beta)
-    return adversary_weights(means, eta=eta * (1 - w))
+    return _weights(means, eta * (1 - w))
+
+
+def _weights(means: torch.Tensor, eta: float) -> torch.Tensor:
+    """Exponentiated gradient from uniform after the rounds whose mean rewards are `means` (T, M)."""
+    return torch.softmax(-eta * means.sum(0), 0)

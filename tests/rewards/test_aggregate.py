@@ -11,13 +11,11 @@ import torch
 
 from raylign.errors import ConfigError, ShapeError
 from raylign.rewards.aggregate import (
-    adversary_weights,
     brme,
     cvar,
     entropic,
     global_rewards,
     head_sums,
-    interval,
     lcb,
     mean,
     minimum,
@@ -36,9 +34,8 @@ RULES: dict[str, Callable[..., torch.Tensor]] = {
     "entropic": partial(entropic, b=1.0),
     "entropic_gaussian": partial(entropic, b=1.0, form="gaussian"),
     "brme": partial(brme, w_nominal=0.2),
-    "interval": partial(interval, k=1.0),
 }
-NEEDS_SIGMA = {"brme", "interval"}
+NEEDS_SIGMA = {"brme"}
 
 # mean 4, minimum 1, variance (1/M) (9 + 4 + 1 + 0 + 36)/5 = 10
 VECTOR = torch.tensor([[1.0, 2.0, 3.0, 4.0, 10.0]], dtype=torch.float64)
@@ -72,8 +69,6 @@ def rule(request):
         (partial(entropic, VECTOR, b=0.1), 1.160939),
         (partial(entropic, VECTOR, b=0.001), 1.001609),
         (partial(entropic, VECTOR, b=10.0, form="gaussian"), 3.5),
-        (partial(interval, VECTOR, torch.tensor([[0.1, 0.2, 1.5, 3.0, 1.0]]).double(), k=1.0), 0.9),
-        (partial(interval, VECTOR, torch.tensor([[0.1, 0.2, 1.5, 3.0, 1.0]]).double(), k=2.0), -2.0),
     ],
 )
 def test_closed_forms(call, expected):
@@ -159,15 +154,15 @@ def test_one_member_is_the_plain_reward_bitwise(w_nominal):
     assert torch.equal(global_rewards(mu, sigma, head=worst_head(mu), w_nominal=w_nominal), mu[:, 0])
 
 
-def test_one_member_makes_all_rules_equal_but_the_interval():
+def test_one_member_makes_all_rules_equal():
     mu, sigma = members(num_heads=1)
-    for name in RULES.keys() - {"interval"}:
+    for name in RULES:
         torch.testing.assert_close(RULES[name](mu, sigma), mu[:, 0])
 
 
-def test_duplicated_members_make_all_rules_equal_but_the_interval():
+def test_duplicated_members_make_all_rules_equal():
     mu, sigma = members(num_heads=1)
-    for name in RULES.keys() - {"interval"}:
+    for name in RULES:
         torch.testing.assert_close(RULES[name](mu.expand(-1, 5), sigma.expand(-1, 5)), mu[:, 0])
 
 
@@ -194,7 +189,6 @@ def test_rewards_carry_no_gradient(rule):
     assert not rule(mu, sigma).requires_grad
     assert not global_rewards(mu, sigma, head=2, w_nominal=0.2).requires_grad
     assert not global_rewards(mu, None, head=2).requires_grad
-    assert not adversary_weights(mu, eta=0.1).requires_grad
 
 
 def test_rules_keep_the_dtype_and_take_an_empty_batch(rule):
@@ -279,20 +273,3 @@ def test_a_worker_without_responses_adds_nothing_and_no_responses_are_refused():
     for call in (partial(worst_head, mu[:0]), partial(worst_head_of_sums, head_sums(mu[:0]), 0)):
         with pytest.raises(ShapeError, match="at least one response"):
             call()
-
-
-def test_adversary_weights_are_the_recursion_from_uniform():
-    rounds = members(6)[0]
-    weights = torch.full((5,), 0.2, dtype=torch.float64)
-    assert torch.equal(adversary_weights(rounds[:0], eta=0.7), weights)
-    for t in range(6):
-        weights = weights * (-0.7 * rounds[t]).exp()
-        weights = weights / weights.sum()
-        torch.testing.assert_close(adversary_weights(rounds[: t + 1], eta=0.7), weights)
-
-
-def test_adversary_with_a_large_step_is_the_worst_head():
-    mu, _ = members()
-    weights = adversary_weights(mu.mean(0, keepdim=True), eta=1e6)
-    assert weights.argmax().item() == worst_head(mu)
-    assert weights.max().item() == pytest.approx(1.0)

@@ -15,7 +15,7 @@ from robust_policies import global_objective, kl_to_uniform, objective, play, so
 from torch.nn import functional as F
 
 from raylign.losses.advantages import group_advantages
-from raylign.rewards.aggregate import brme, global_rewards, interval, mean, minimum, worst_head
+from raylign.rewards.aggregate import brme, global_rewards, mean, minimum, worst_head
 
 # Means, and variances v, of the minimum of M standard normals; the weight of least variance, and that variance.
 ORDER_STATISTICS = {
@@ -243,10 +243,3 @@ def test_best_weight_is_none_all_or_between_by_the_kind_of_error(q_common, q_own
     # Only a sigma that knows which head errs makes the nominal head better than any head.
     assert gold["shuffled"].mean().item() == pytest.approx(gold["single"].mean().item(), abs=0.02)
     assert (gold[1.0].mean() > gold["single"].mean() + 0.1).item() == (q_own > 0)
-
-
-def test_interval_minimum_is_lower_where_heads_are_less_sure():
-    mu, sigma = normal(1000, 5), uniform(1000, 5, seed=1)
-    path = torch.stack([interval(mu, sigma, k=k) for k in (0.0, 0.5, 1.0, 2.0)])
-    assert torch.equal(path[0], minimum(mu))
-    assert (path.diff(dim=0) < 0).all()
