@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raylign.config import PolicySection, RewardModelSection, RewardSection
-from raylign.errors import CheckpointError, DataError, ModelError
+from raylign.errors import CheckpointError, DataError, ModelError, TrainingError
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.merge import weights_hash
 from raylign.runtime.execution import execution
 from raylign.runtime.features_job import pairs_from_table
-from raylign.runtime.text_reward_job import FitTask, _fit_group, _merge, _read_pairs, fit_members
+from raylign.runtime.text_reward_job import FitTask, _collect, _fit_group, _merge, _read_pairs, fit_members
 from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, PairScorer, make_text_reward, score_dataset
 
 SECTION = RewardModelSection(lora_rank=2, lora_alpha=4, epochs=3, batch_size=8, learning_rate=1e-2, batch_tokens=512)
@@ -172,6 +173,29 @@ def test_the_error_of_a_member_reaches_the_caller_as_itself(table, ray_cluster, 
         fit(table, tmp_path, tmp_path / "out", num_cpus=0.5)
     with pytest.raises(CheckpointError, match="no finished reward model"):
         make_text_reward(tmp_path, SECTION, directory=tmp_path / "out")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_averaged_members_that_train_in_one_task_become_one_reward(table, policy_dir, ray_cluster, tmp_path):
+    facts = fit(table, policy_dir, tmp_path, kind="warm", section={"diversity_weight": 0.01}, num_cpus=0.5)
+    assert facts["merged_valid_accuracy"] > 0.9 and facts["scale"] is None
+    assert facts["members"][0]["start_hash"] == facts["members"][1]["start_hash"]
+    reward = make_text_reward(policy_dir, SECTION, directory=tmp_path)
+    chosen, rejected = reward.posterior_of_pairs(part(table, "test"))
+    assert reward.num_heads == 1
+    assert float((chosen.mean > rejected.mean).double().mean()) > 0.9
+
+
+@pytest.mark.ray
+def test_a_member_that_never_finishes_ends_the_wait(ray_cluster):
+    import ray
+
+    endless = ray.remote(lambda: time.sleep(600)).options(num_cpus=0.1, max_retries=0).remote()
+    with pytest.raises(TrainingError, match=r"within 0.5 s, 1 are left"):
+        _collect([endless], 0.5)
+    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
+        ray.get(endless, timeout=60)
 
 
 @pytest.mark.ray
