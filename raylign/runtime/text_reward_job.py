@@ -211,7 +211,7 @@ def _collect(references: Sequence[Any], timeout_s: float) -> list[Any]:
                 ray.get(done, timeout=timeout_s)
     finally:
         for reference in pending:
-            ray.cancel(reference)
+            ray.cancel(reference, force=True)  # an interrupt alone can be lost while a worker starts
     results: list[Any] = ray.get(list(references), timeout=timeout_s)
     return results
 
