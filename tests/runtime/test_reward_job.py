@@ -160,3 +160,79 @@ def test_missing_split_is_a_data_error(ray_cluster):
     only_train = table.filter(pc.equal(table["split"], "train"))
     with pytest.raises(DataError, match="no pair in the 'valid' split"):
         fit_reward(ray.data.from_arrow(only_train), config=config_of())
+
+
+KINDS = {
+    "ensemble": {},
+    "brme": {"num_heads": 3},
+    "laplace": {"num_heads": 6},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def uncertain(request, ray_cluster) -> FittedReward:
+    """A fitted reward of each kind with members."""
+    import ray.data
+
+    sections = {"brme": {"epochs": 2}} if request.param == "brme" else {}
+    reward = {"kind": request.param, "folds": 3, **KINDS[request.param]}
+    if request.param != "laplace":
+        reward |= {"epochs": 2, "batch_size": 16}
+    dataset = ray.data.from_arrow(made_up_pairs(400, strength=0.2))
+    return fit_reward(dataset, config=load_config(values={"reward": reward, **sections}))
+
+
+@pytest.mark.ray
+def test_every_kind_finds_the_signal_and_knows_that_it_is_unsure(uncertain):
+    metrics = uncertain.metrics
+    assert metrics["out_of_fold_accuracy"] > 0.6
+    assert metrics["test_disagreement"] > 0
+    assert len(uncertain.heads) == 3
+
+
+@pytest.mark.ray
+def test_every_kind_survives_the_disk_bitwise(uncertain, tmp_path):
+    uncertain.save(tmp_path)
+    back = FittedReward.load(tmp_path)
+    states, _ = read_rows(made_up_pairs())
+    for ours, theirs in zip((*uncertain.heads, uncertain.full), (*back.heads, back.full), strict=True):
+        first, second = predict(ours, states), predict(theirs, states)
+        for name in ("mean", "deviations", "head_rewards", "head_scales"):
+            expected, found = getattr(first, name), getattr(second, name)
+            assert (expected is None and found is None) or torch.equal(expected, found), name
+    assert back.kind == uncertain.kind
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("squash", ["sigmoid", "none"])
+def test_pairs_that_members_disagree_about_weigh_less(uncertain, squash):
+    """The same margins without their variance would be believed more, every one of them."""
+    confidence = ConfidenceSection(squash=squash)
+    table = rank_table(made_up_pairs(strength=0.1, seed=1), shared=(uncertain, confidence))
+    margin, variance, gamma = (
+        torch.from_numpy(table[name].to_numpy().copy())
+        for name in ("margin_mean", "margin_variance", "label_confidence")
+    )
+    assert (variance > 0).all()
+    assert torch.equal(gamma > 0.5, margin > 0)
+    sure = [
+        label_confidence(
+            torch.tensor([float(chosen)]),
+            torch.tensor([float(rejected)]),
+            alpha=confidence.alpha,
+            floor=0.0,
+            center=uncertain.full_center if fold == FULL else uncertain.centers[fold],
+            level="pair",
+            squash=squash,
+            temperature=uncertain.temperature,
+        )
+        for chosen, rejected, fold in zip(
+            table["chosen_reward"].to_pylist(),
+            table["rejected_reward"].to_pylist(),
+            table["fold"].to_pylist(),
+            strict=True,
+        )
+    ]
+    doubt = (torch.cat(sure) - 0.5).abs() - (gamma - 0.5).abs()
+    assert doubt.min() > -1e-6
+    assert doubt.median() > 1e-5
