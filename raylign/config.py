@@ -96,7 +96,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: Any) -> Any:
-        """A step that suits the model and a loss that suits the method, unless they were given."""
+        """A step that suits the model, a loss the method, folds and a rule the reward, unless they were given."""
         if not isinstance(values, Mapping):
             return values
         train, policy = values.get("train", {}), values.get("policy", {})
@@ -113,6 +113,8 @@ class RunConfig(Section):
         reward, evaluate, robust = (values.get(name, {}) for name in ("reward", "evaluate", "robust"))
         if not all(isinstance(section, Mapping) for section in (reward, evaluate, robust)):
             return filled
+        if reward.get("kind") in ("lora_ensemble", "warm"):
+            filled["reward"] = {"folds": 2, **reward}
         is_read = train.get("method", "offline") != "offline" or evaluate.get("best_of", 1) != 1
         if reward.get("kind") == "brme" and is_read:
             filled["robust"] = {"rule": "brme", **robust}

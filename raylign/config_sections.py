@@ -100,7 +100,8 @@ class RewardSection(Section):
     folds: int = Field(
         5,
         ge=1,
-        description="each pair is scored by a head fitted on the other folds; 1 scores with the head that saw it",
+        description="each pair is scored by what was fitted on the other folds, 1 by what saw it; unless set, 2 for "
+        "fine-tuned members",
     )
     max_pairs: int = Field(20_000, ge=8, description="pairs the heads are fitted on, chosen by hash; bounds memory")
     epochs: int = Field(10, ge=0, description="passes over the head's training pairs after the ridge start")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from raylign.errors import ShapeError
-from raylign.rewards.posterior import RewardHead, RewardPosterior, ensemble_posterior
+from raylign.rewards.posterior import RewardHead, RewardPosterior, ensemble_posterior, standardization
 
 
 class HybridReward(RewardHead):
@@ -139,25 +139,17 @@ class HybridReward(RewardHead):
 
 
 def standardize(head: HybridReward, calibration: torch.Tensor) -> None:
-    r"""Give all members the same mean and spread on one set of responses, in place.
-
-    Definition: \(a_i = \bar\sigma/\sigma_i\), \(c_i = \bar\mu - a_i \mu_i\), where \(\mu_i, \sigma_i\) are the mean
-    and standard deviation of member i and the bars their means over members. Members fitted to pairs alone are known
-    up to a shift each; without this their minimum is that of the lowest shift.
+    """Give all members the same mean and spread on one set of responses, in place; see `standardization`.
 
     Args:
         head: members, not standardised yet; with one member nothing changes.
         calibration: hidden states of at least two responses that are not all alike. Shape (n, L, D).
-
-    Source: Coste et al. (2023), arXiv:2310.02743, Section 3 (standardised before they are combined).
     """
     if head.num_heads == 1:
         return
     with torch.no_grad():
         rewards_nM = torch.cat([head.head_rewards(block) for block in torch.split(calibration, 512)])
-        mean_M, spread_M = rewards_nM.mean(0), rewards_nM.std(0)
-        head.scale = torch.where(spread_M > 0, spread_M.mean() / spread_M, 1.0)
-        head.shift = mean_M.mean() - head.scale * mean_M
+        head.scale, head.shift = standardization(rewards_nM)
 
 
 def _uniform(rows: int, columns: int, bound_of: int, generator: torch.Generator | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from raylign.errors import ShapeError
+from raylign.errors import DataError, ShapeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,3 +209,34 @@ def margin_posterior(chosen: RewardPosterior, rejected: RewardPosterior) -> Marg
         mean=chosen.mean - rejected.mean,
         variance=(chosen.deviations - rejected.deviations).square().sum(-1),
     )
+
+
+def standardization(rewards_nM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Scale and shift that give all members the same mean and spread on one set of responses.
+
+    Definition: \(a_m = \bar\sigma/\sigma_m\), \(c_m = \bar\mu - a_m\mu_m\), where \(\mu_m, \sigma_m\) are the mean and
+    standard deviation of member m and the bars their means over members; the standardised reward is \(a_m r_m + c_m\).
+    Members fitted to pairs alone are known up to a shift each; without this their minimum is that of the lowest shift.
+
+    Args:
+        rewards_nM: rewards of the members on pairs that none of them was fitted to. Shape (n, M), n at least 2.
+
+    Returns:
+        Scale and shift, both of shape (M,), float32; 1 and 0 for one member.
+
+    Raises:
+        DataError: fewer than two responses, or a member that gives all of them one reward.
+
+    Source: Coste et al. (2023), arXiv:2310.02743, Section 3 (standardised before they are combined).
+    """
+    num_responses, num_members = rewards_nM.shape
+    if num_members == 1:
+        return torch.ones(1), torch.zeros(1)
+    if num_responses < 2 or not bool((spread_M := rewards_nM.double().std(0)).gt(0).all()):
+        raise DataError(
+            f"members cannot be standardised on {num_responses} responses that one of them rewards alike; give more "
+            "validation pairs or set reward.standardize=false"
+        )
+    mean_M = rewards_nM.double().mean(0)
+    scale_M = spread_M.mean() / spread_M
+    return scale_M.float(), (mean_M.mean() - scale_M * mean_M).float()

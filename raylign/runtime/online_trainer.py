@@ -18,7 +18,7 @@ from raylign.cost.ledger import Ledger
 from raylign.errors import CheckpointError, DataError, OutputExistsError, ResourceError, SamplerError
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluators import ActorOptions
-from raylign.runtime.fitted_reward import FittedReward
+from raylign.runtime.fitted_reward import FittedReward, load_reward
 from raylign.runtime.identity import base_model_name, run_identity
 from raylign.runtime.online_worker import OnlineTask, online_worker, round_schedule
 from raylign.runtime.phases import write_json
@@ -115,11 +115,11 @@ def run_online(
 
 def _check_layers(reward: Path, layers: tuple[int, ...]) -> None:
     """Heads and states that do not fit are found before an engine starts."""
-    num_layers = FittedReward.load(reward).full.num_layers
-    if num_layers != len(layers):
+    fitted = load_reward(reward)
+    if isinstance(fitted, FittedReward) and fitted.full.num_layers != len(layers):
         raise DataError(
-            f"the reward heads read {num_layers} layers, {list(layers)} are given to them; name the layers that they "
-            "were fitted on (features.layers, or fit_reward(layers=...))"
+            f"the reward heads read {fitted.full.num_layers} layers, {list(layers)} are given to them; name the "
+            "layers that they were fitted on (features.layers, or fit_reward(layers=...))"
         )
 
 
@@ -162,7 +162,7 @@ def _samplers(config: RunConfig, model: str, reward: str, layers: tuple[int, ...
     scorer = (
         ray.remote(ResponseScorer)
         .options(num_cpus=sampler.scorer_cpus, num_gpus=sampler.scorer_gpus)
-        .remote(model, reward, layers, config.robust, options)
+        .remote(model, reward, layers, config.robust, options, config.reward_model)
     )
     pool: SamplerPool | None = None
     try:

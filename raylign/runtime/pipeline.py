@@ -15,7 +15,7 @@ import ray
 import ray.data
 import torch
 
-from raylign.config import RunConfig, check_devices
+from raylign.config import TEXT_REWARDS, RunConfig, check_devices
 from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
@@ -33,7 +33,7 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import features_key, read_cost, read_features, run_features
 from raylign.runtime.fingerprints import pairs_fingerprint, source_state
-from raylign.runtime.fitted_reward import FittedReward
+from raylign.runtime.fitted_reward import FittedTexts, RewardFacts, load_reward
 from raylign.runtime.identity import method_identity
 from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
@@ -41,6 +41,7 @@ from raylign.runtime.rank_job import confidence_facts, rank_pairs
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import fit_reward
 from raylign.runtime.reward_scorer import make_reward_scorer
+from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward
 from raylign.runtime.tracking import track_run
 from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
@@ -155,29 +156,47 @@ class Phases:
             "features": features_digest,
             "reward": config.reward.model_dump(),
             "brme": config.brme.model_dump(),
+            **({"texts": self._text_key()} if config.reward.kind in TEXT_REWARDS else {}),
             "confidence": config.confidence.model_dump(include={"alpha", "center", "squash", "temperature"}),
             "seed": config.run.seed,
         }
 
         def work(directory: Path) -> dict[str, Any]:
-            fitted = fit_reward(
-                read_features(features),
-                config=config,
-                layers=self.layers,
-            )
+            pairs = read_features(features)
+            fitted: RewardFacts
+            if config.reward.kind in TEXT_REWARDS:
+                options = replace(actor_options(config), num_actors=config.features.num_actors)
+                fitted = fit_text_reward(
+                    pairs, config=config, model_path=self.model, directory=directory, options=options
+                )
+            else:
+                fitted = fit_reward(pairs, config=config, layers=self.layers)
             fitted.save(directory)
             return fitted.metrics
 
         return self.run.phase("reward", key, work)
+
+    def _text_key(self) -> dict[str, Any]:
+        """What a reward of texts is made of, besides the pairs."""
+        section = self.config.reward_model
+        external = None if section.model is None else resolve_model(section.model, key="reward_model.model")
+        return {
+            "reward_model": section.model_dump(exclude={"model", "batch_tokens"}),
+            "external": None if external is None else model_fingerprint(external),
+            "policy": model_fingerprint(self.model),
+            "dtype": self.config.policy.dtype,
+        }
 
     def rank(self, features: Path, reward: Path, reward_key: str) -> tuple[Path, dict[str, Any]]:
         """A label confidence for every pair."""
         key = {"reward": reward_key, "confidence": self.config.confidence.model_dump()}
 
         def work(directory: Path) -> dict[str, Any]:
-            ranked = rank_pairs(
-                read_features(features), reward=FittedReward.load(reward), confidence=self.config.confidence
-            )
+            fitted = load_reward(reward)
+            rows = read_features(features)
+            if isinstance(fitted, FittedTexts):
+                rows = ray.data.read_parquet(str(reward / SCORED_DIR), include_paths=False)
+            ranked = rank_pairs(rows, reward=fitted, confidence=self.config.confidence)
             pairs = directory / "ranked"
             shutil.rmtree(pairs, ignore_errors=True)
             ranked.write_parquet(str(pairs))
@@ -246,7 +265,7 @@ class Phases:
             link.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory))
         return Path(facts["checkpoint"]), facts
 
-    def evaluate(self, checkpoint: Path, ingest: Path, reward: Path) -> tuple[Path, dict[str, Any]]:
+    def evaluate(self, checkpoint: Path, ingest: Path, reward: Path, reward_key: str) -> tuple[Path, dict[str, Any]]:
         """Answers before and after, judged; and the drift check on held-out prompts."""
         config = self.config
         key = {
@@ -255,7 +274,7 @@ class Phases:
             # answers do not depend on how prompts are batched or spread over actors
             "evaluate": config.evaluate.model_dump(exclude={"num_actors", "batch_size"}),
             **evaluation_inputs(config.evaluate),
-            "reward": model_fingerprint(reward),
+            "reward": reward_key,
             "robust": config.robust.model_dump(),
             "seed": config.run.seed,
         }
@@ -268,7 +287,13 @@ class Phases:
                 seed=config.run.seed,
                 options=options,
                 make_reward_fn=functools.partial(
-                    make_reward_scorer, self.model, str(reward), self.layers, config.robust, options
+                    make_reward_scorer,
+                    self.model,
+                    str(reward),
+                    self.layers,
+                    config.robust,
+                    options,
+                    config.reward_model,
                 ),
             )
             save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
@@ -311,7 +336,7 @@ def align(config: RunConfig) -> AlignResult:
     else:
         rank_facts = None
         checkpoint, train_facts = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
-    _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward)
+    _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward, reward_key)
     report = write_report(
         config,
         run,

@@ -13,22 +13,29 @@ from raylign.config import ConfidenceSection
 from raylign.rewards.confidence import pair_confidence
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import predict
-from raylign.rewards.posterior import margin_posterior
+from raylign.rewards.posterior import RewardPosterior, concat_posteriors, ensemble_posterior, margin_posterior
 from raylign.runtime.features_job import states_from_column
-from raylign.runtime.fitted_reward import FittedReward, resolve_temperature
+from raylign.runtime.fitted_reward import FULL, FittedReward, FittedTexts, resolve_temperature
+from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS
 
 if TYPE_CHECKING:
     import ray.data
 
-FULL = -1  # fold number of pairs that no head was fitted on: the head of all training pairs scores them
 
+def rank_pairs(
+    pairs: ray.data.Dataset, *, reward: FittedReward | FittedTexts, confidence: ConfidenceSection
+) -> ray.data.Dataset:
+    """Add `types.RANK_COLUMNS` to every pair and drop what they were made of, lazily, one block at a time.
 
-def rank_pairs(features: ray.data.Dataset, *, reward: FittedReward, confidence: ConfidenceSection) -> ray.data.Dataset:
-    """Add `types.RANK_COLUMNS` to every pair and drop the states, lazily, one block at a time."""
+    Args:
+        pairs: with hidden states; for a reward of texts, what its phase scored (`SCORED_DIR`).
+        reward: fitted.
+        confidence: how margins become confidence.
+    """
     import ray
 
     shared = ray.put((reward, confidence))
-    return features.map_batches(rank_table, batch_format="pyarrow", batch_size=1024, fn_kwargs={"shared": shared})
+    return pairs.map_batches(rank_table, batch_format="pyarrow", batch_size=1024, fn_kwargs={"shared": shared})
 
 
 def rank_table(table: pa.Table, *, shared: Any) -> pa.Table:
@@ -36,46 +43,66 @@ def rank_table(table: pa.Table, *, shared: Any) -> pa.Table:
     import ray
 
     reward, confidence = ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared
-    chosen = torch.from_numpy(states_from_column(table["chosen_states"]).copy())
-    rejected = torch.from_numpy(states_from_column(table["rejected_states"]).copy())
-    fold = grouped_folds(table["prompt_key"].to_pylist(), len(reward.heads), reward.fold_seed)
-    fold[torch.tensor([split != "train" for split in table["split"].to_pylist()], dtype=torch.bool)] = FULL
-    columns = _score(chosen, rejected, fold, reward, confidence)
-    table = table.drop_columns(["chosen_states", "rejected_states"])
+    if isinstance(reward, FittedTexts):
+        used: tuple[str, ...] = (*HEAD_REWARD_COLUMNS, "fold")
+        fold = torch.from_numpy(table["fold"].to_numpy().astype(np.int64))
+        chosen, rejected = scored_beliefs(table)
+    else:
+        used = ("chosen_states", "rejected_states")
+        fold = pair_folds(table, num_folds=len(reward.heads), seed=reward.fold_seed)
+        chosen, rejected = _beliefs(table, fold, reward)
+    margin = margin_posterior(chosen, rejected)
+    belief = pair_confidence(
+        chosen.mean,
+        rejected.mean,
+        margin.variance,
+        alpha=confidence.alpha,
+        floor=confidence.floor,
+        center=reward.center_of(fold) if confidence.center == "ema" else 0.0,
+        level="pair",
+        squash=confidence.squash,
+        temperature=resolve_temperature(confidence, reward),
+    )
+    columns = {
+        "chosen_reward": chosen.mean.numpy(),
+        "rejected_reward": rejected.mean.numpy(),
+        "margin_mean": belief.margin_mean.numpy(),
+        "margin_variance": belief.margin_variance.numpy(),
+        "label_confidence": belief.label_confidence.numpy(),
+        "fold": fold.numpy().astype(np.int16),
+        "weight": np.ones(len(fold), np.float32),
+    }
+    table = table.drop_columns(list(used))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
     return table
 
 
-def _score(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    fold: torch.Tensor,
-    reward: FittedReward,
-    confidence: ConfidenceSection,
-) -> dict[str, np.ndarray]:
-    names = ("chosen_reward", "rejected_reward", "margin_mean", "margin_variance", "label_confidence")
-    out = {name: np.zeros(len(fold), np.float32) for name in names}
+def pair_folds(table: pa.Table, *, num_folds: int, seed: int) -> torch.Tensor:
+    """Fold of each training pair, `FULL` of all others. Shape (B,), int64."""
+    fold = grouped_folds(table["prompt_key"].to_pylist(), num_folds, seed)
+    fold[torch.tensor([split != "train" for split in table["split"].to_pylist()], dtype=torch.bool)] = FULL
+    return fold
+
+
+def scored_beliefs(table: pa.Table) -> tuple[RewardPosterior, RewardPosterior]:
+    """Beliefs about chosen and rejected responses from the members' rewards beside them."""
+    rewards = (np.stack(table[name].to_numpy(zero_copy_only=False)) for name in HEAD_REWARD_COLUMNS)
+    chosen, rejected = (ensemble_posterior(torch.from_numpy(values)) for values in rewards)
+    return chosen, rejected
+
+
+def _beliefs(table: pa.Table, fold: torch.Tensor, reward: FittedReward) -> tuple[RewardPosterior, RewardPosterior]:
+    """Each pair by the head of its fold, in the order of the table."""
+    rows, beliefs = [], []
+    states = [torch.from_numpy(states_from_column(table[f"{name}_states"]).copy()) for name in ("chosen", "rejected")]
     for k in fold.unique().tolist():
-        rows = (fold == k).nonzero()[:, 0]
+        rows.append((fold == k).nonzero()[:, 0])
         head = reward.full if k == FULL else reward.heads[k]
-        center = reward.full_center if k == FULL else reward.centers[k]
-        of_chosen, of_rejected = predict(head, chosen[rows]), predict(head, rejected[rows])
-        belief = pair_confidence(
-            of_chosen.mean,
-            of_rejected.mean,
-            margin_posterior(of_chosen, of_rejected).variance,
-            alpha=confidence.alpha,
-            floor=confidence.floor,
-            center=center if confidence.center == "ema" else 0.0,
-            level="pair",
-            squash=confidence.squash,
-            temperature=resolve_temperature(confidence, reward),
-        )
-        values = (of_chosen.mean, of_rejected.mean, belief.margin_mean, belief.margin_variance, belief.label_confidence)
-        for name, value in zip(names, values, strict=True):
-            out[name][rows.numpy()] = value.numpy()
-    return {**out, "fold": fold.numpy().astype(np.int16), "weight": np.ones(len(fold), np.float32)}
+        beliefs.append([predict(head, side[rows[-1]]) for side in states])
+    place = torch.cat(rows).argsort()
+    chosen, rejected = (concat_posteriors(side)[place] for side in zip(*beliefs, strict=True))
+    return chosen, rejected
 
 
 def confidence_facts(gamma: Sequence[float] | np.ndarray) -> dict[str, Any]:

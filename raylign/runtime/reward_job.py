@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from raylign.rewards.fit_gaussian import fit_gaussian, standardize_targets
 from raylign.rewards.hybrid import HybridReward
 from raylign.rewards.laplace import fit_laplace
 from raylign.rewards.posterior import MarginPosterior, RewardHead, RewardPosterior, margin_posterior
-from raylign.runtime.fitted_reward import FittedReward, resolve_temperature
+from raylign.runtime.fitted_reward import FittedReward, RewardFacts, resolve_temperature
 from raylign.runtime.pair_states import read_states
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
     if layers is not None and len(layers) != states.chosen.shape[1]:
         raise DataError(f"the states have {states.chosen.shape[1]} layers, layers={list(layers)} names {len(layers)}")
     chosen, rejected, groups = states.part("train")
-    *valid, valid_groups = states.part("valid")
-    *test, test_groups = states.part("test")
+    *valid, _ = states.part("valid")
+    *test, _ = states.part("test")
     fit = cross_fit(
         chosen,
         rejected,
@@ -60,40 +60,62 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
         seed=seed,
         fit=head_fitter((chosen, rejected), groups, (valid[0], valid[1]), config),
     )
-    on_valid = Held.of(fit.full, valid[0], valid[1])
-    full_center = on_valid.mean_reward
-    out_of_fold = Held(fit.chosen, fit.rejected)
-    # One fold means in-sample rewards, which would calibrate to certainty.
-    temperature = fit_temperature((out_of_fold if settings.folds > 1 else on_valid).margin)
-    centers = (
-        Held(fit.chosen[rows], fit.rejected[rows]).mean_reward if bool(rows.any()) else full_center
-        for rows in (fit.fold == k for k in range(settings.folds))
+    facts = reward_facts(
+        Held(fit.chosen, fit.rejected),
+        fit.fold,
+        valid=Held.of(fit.full, valid[0], valid[1]),
+        test=Held.of(fit.full, test[0], test[1]),
+        is_out_of_fold=settings.folds > 1,
+        config=config,
     )
-    fitted = FittedReward(
-        kind=settings.kind,
+    curve = layer_curve(chosen, rejected, test_chosen=test[0], test_rejected=test[1], ridge=settings.ridge)
+    facts.metrics["layers"] = [asdict(record) for record in curve]
+    return FittedReward(
+        **{field.name: getattr(facts, field.name) for field in fields(facts)},
         heads=fit.heads,
-        centers=tuple(centers),
         full=fit.full,
-        full_center=full_center,
-        temperature=temperature,
-        fold_seed=seed,
-        metrics={},
         layers=layers,
     )
-    on_test = Held.of(fit.full, test[0], test[1])
-    curve = layer_curve(chosen, rejected, test_chosen=test[0], test_rejected=test[1], ridge=settings.ridge)
-    fitted.metrics.update(
+
+
+def reward_facts(
+    train: Held, fold: torch.Tensor, *, valid: Held, test: Held, is_out_of_fold: bool, config: RunConfig
+) -> RewardFacts:
+    """Calibrate a reward on the training and validation pairs, and judge it on the test pairs.
+
+    Args:
+        train: beliefs about the training pairs.
+        fold: of each training pair. Shape (N,), int64.
+        valid: beliefs about the validation pairs by what was fitted to all training pairs.
+        test: likewise about the test pairs.
+        is_out_of_fold: what believes about training pairs was not fitted to them.
+        config: sections reward and confidence, and the seed.
+    """
+    # In-sample rewards would calibrate to certainty.
+    temperature = fit_temperature((train if is_out_of_fold else valid).margin)
+    full_center = valid.mean_reward
+    facts = RewardFacts(
+        kind=config.reward.kind,
+        centers=tuple(
+            Held(train.chosen[rows], train.rejected[rows]).mean_reward if bool(rows.any()) else full_center
+            for rows in (fold == k for k in range(config.reward.folds))
+        ),
+        full_center=full_center,
+        temperature=temperature,
+        fold_seed=config.run.seed,
+        metrics={},
+    )
+    facts.metrics.update(
         {
-            "num_train_pairs": len(groups),
-            "num_valid_pairs": len(valid_groups),
-            "num_test_pairs": len(test_groups),
-            "out_of_fold_accuracy": out_of_fold.accuracy if settings.folds > 1 else None,
+            "num_train_pairs": len(train.chosen),
+            "num_valid_pairs": len(valid.chosen),
+            "num_test_pairs": len(test.chosen),
+            "out_of_fold_accuracy": train.accuracy if is_out_of_fold else None,
             "temperature": temperature,
-            **held_out_metrics(on_test, fitted, config.confidence, seed=seed),
-            "layers": [asdict(record) for record in curve],
+            **held_out_metrics(test, facts, config.confidence, seed=config.run.seed),
         }
     )
-    return fitted
+    return facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +229,7 @@ def head_fitter(
     return fit
 
 
-def held_out_metrics(held: Held, fitted: FittedReward, confidence: ConfidenceSection, *, seed: int) -> dict[str, Any]:
+def held_out_metrics(held: Held, fitted: RewardFacts, confidence: ConfidenceSection, *, seed: int) -> dict[str, Any]:
     """Accuracy and calibration of the full head on pairs it never saw."""
     margin = held.margin
     belief = pair_confidence(

@@ -3,30 +3,67 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylign.config import RobustSection
+from raylign.config import RewardModelSection, RobustSection
 from raylign.evaluation.scoring import RewardScorer, StatesReward
-from raylign.runtime.fitted_reward import FittedReward
+from raylign.runtime.fitted_reward import FittedReward, load_reward
 from raylign.runtime.robust import robust_rewards
+from raylign.runtime.text_rewards import make_text_reward
 
 if TYPE_CHECKING:
     import torch
 
     from raylign.evaluation.scoring import ResponseReward
+    from raylign.models.reward_model import TextReward
+    from raylign.rewards.posterior import RewardPosterior
     from raylign.runtime.evaluators import ActorOptions
 
 
-def load_response_reward(reward_dir: str, layers: tuple[int, ...], device: torch.device | str) -> ResponseReward:
-    """The head of all training pairs, for responses that are none of them.
+def load_response_reward(
+    model_path: str,
+    reward_dir: str,
+    layers: tuple[int, ...],
+    device: torch.device | str,
+    *,
+    reward_model: RewardModelSection,
+    options: ActorOptions,
+) -> ResponseReward:
+    """What was fitted to all training pairs, for responses that are none of them.
 
     Args:
-        reward_dir: what `FittedReward.save` wrote.
-        layers: transformer layers that the heads were fitted on.
-        device: of the head.
+        model_path: directory of the reference.
+        reward_dir: of the reward phase.
+        layers: transformer layers that heads were fitted on.
+        device: of heads.
+        reward_model: which classifier, for a reward of texts.
+        options: the actor that scores.
     """
-    return StatesReward(FittedReward.load(Path(reward_dir)).full.to(device), layers)
+    fitted = load_reward(Path(reward_dir))
+    if isinstance(fitted, FittedReward):
+        return StatesReward(fitted.full.to(device), layers)
+    return TextsReward(make_text_reward(model_path, reward_model, directory=fitted.members, options=options))
+
+
+class TextsReward:
+    """A reward of token ids, as a `ResponseReward`.
+
+    Args:
+        reward: loaded.
+    """
+
+    layers = None
+
+    def __init__(self, reward: TextReward) -> None:
+        self._reward = reward
+
+    def __call__(
+        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], states: torch.Tensor | None
+    ) -> RewardPosterior:
+        """See `ResponseReward`."""
+        return self._reward.posterior(prompt_ids, response_ids)
 
 
 def make_reward_scorer(
@@ -35,8 +72,9 @@ def make_reward_scorer(
     layers: tuple[int, ...],
     robust: RobustSection | None = None,
     options: ActorOptions | None = None,
+    reward_model: RewardModelSection | None = None,
 ) -> RewardScorer:
-    """The run's reward of texts, on the reference model's states.
+    """The run's reward of texts.
 
     Args:
         model_path: directory of the reference.
@@ -44,6 +82,7 @@ def make_reward_scorer(
         layers: transformer layers that the heads were fitted on.
         robust: rule over members; None is their mean.
         options: the actor that scores; its number types must be those of the features.
+        reward_model: which classifier, for a reward of texts.
     """
     from raylign.models.loading import load_tokenizer, resolve_layout
     from raylign.models.numerics import actor_device, load_reference
@@ -55,7 +94,9 @@ def make_reward_scorer(
     return RewardScorer(
         forward,
         load_tokenizer(model_path, trust_remote_code=options.trust_remote_code),
-        load_response_reward(reward_dir, layers, device),
+        load_response_reward(
+            model_path, reward_dir, layers, device, reward_model=reward_model or RewardModelSection(), options=options
+        ),
         rule=functools.partial(robust_rewards, robust=robust or RobustSection()),
         layout=resolve_layout("auto", forward.causal_lm.config),
     )

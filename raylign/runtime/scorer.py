@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raylign.config import RobustSection
+from raylign.config import RewardModelSection, RobustSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.runtime.robust import robust_rewards
 from raylign.types import Rollout, ScoredRollout
@@ -32,10 +32,17 @@ class ResponseScorer:
         layers: transformer layers that the heads were fitted on.
         robust: rule over members.
         options: size and number types of the actor; these must be those of the features.
+        reward_model: which classifier, for a reward of texts.
     """
 
     def __init__(
-        self, model_path: str, reward_dir: str, layers: tuple[int, ...], robust: RobustSection, options: ActorOptions
+        self,
+        model_path: str,
+        reward_dir: str,
+        layers: tuple[int, ...],
+        robust: RobustSection,
+        options: ActorOptions,
+        reward_model: RewardModelSection | None = None,
     ) -> None:
         import torch
 
@@ -49,7 +56,9 @@ class ResponseScorer:
         device = actor_device(options.num_gpus)
         tokenizer = load_tokenizer(model_path, trust_remote_code=options.trust_remote_code)
         self._forward = load_reference(model_path, options.policy, device, parallel=options.parallel)
-        self._reward = load_response_reward(reward_dir, layers, device)
+        self._reward = load_response_reward(
+            model_path, reward_dir, layers, device, reward_model=reward_model or RewardModelSection(), options=options
+        )
         self._robust = robust
         self._layout = resolve_layout("auto", self._forward.causal_lm.config)
         self._end_id = end_of_response_id(tokenizer)

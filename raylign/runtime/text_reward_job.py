@@ -34,11 +34,12 @@ from raylign.models.reward_model import score_pairs
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import member_weights
 from raylign.rewards.merge import average_weights, weights_hash
+from raylign.rewards.posterior import standardization
 from raylign.runtime.execution import own_errors
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.phases import write_json
 from raylign.runtime.text_rewards import MERGED, REWARD_FILE, on_device, weights_dtype
-from raylign.training.reward_model import MemberTraining, standardization, train_members
+from raylign.training.reward_model import MemberTraining, train_members
 from raylign.types import TOKEN_COLUMNS
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
-from raylign.errors import DataError, ShapeError, TrainingError
+from raylign.errors import ShapeError, TrainingError
 from raylign.losses.diversity import lora_diversity
 from raylign.losses.reward import anchor_loss, margin_loss
 from raylign.models.classifiers import ClassifierForward
@@ -157,36 +157,6 @@ def down_projections(forward: ClassifierForward, names: Sequence[str]) -> list[l
     """A matrices (r, D) of the named members, layer by layer."""
     stacks: list[Any] = [module.lora_A for module in forward.model.modules() if hasattr(module, "lora_A")]
     return [[stack[name].weight for name in names] for stack in stacks]
-
-
-def standardization(rewards_nM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Scale and shift that give all members the same mean and spread on one set of responses.
-
-    Definition: \(a_m = \bar\sigma/\sigma_m\), \(c_m = \bar\mu - a_m\mu_m\), where \(\mu_m, \sigma_m\) are the mean and
-    standard deviation of member m and the bars their means over members; the standardised reward is \(a_m r_m + c_m\).
-
-    Args:
-        rewards_nM: rewards of the members on pairs that none of them was fitted to. Shape (n, M), n at least 2.
-
-    Returns:
-        Scale and shift, both of shape (M,), float32; 1 and 0 for one member.
-
-    Raises:
-        DataError: fewer than two responses, or a member that gives all of them one reward.
-
-    Source: Coste et al. (2023), arXiv:2310.02743, Section 3 (standardised before they are combined).
-    """
-    num_responses, num_members = rewards_nM.shape
-    if num_members == 1:
-        return torch.ones(1), torch.zeros(1)
-    if num_responses < 2 or not bool((spread_M := rewards_nM.double().std(0)).gt(0).all()):
-        raise DataError(
-            f"members cannot be standardised on {num_responses} responses that one of them rewards alike; give more "
-            "validation pairs or set reward.standardize=false"
-        )
-    mean_M = rewards_nM.double().mean(0)
-    scale_M = spread_M.mean() / spread_M
-    return scale_M.float(), (mean_M.mean() - scale_M * mean_M).float()
 
 
 def _require_gradients(forward: ClassifierForward, names: Sequence[str]) -> None:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylign.errors import ShapeError
+from raylign.errors import DataError, ShapeError
 from raylign.rewards.posterior import (
     MarginPosterior,
     RewardPosterior,
     concat_posteriors,
     ensemble_posterior,
     margin_posterior,
+    standardization,
 )
 
 
@@ -79,3 +80,16 @@ def test_shapes_that_do_not_belong_together_are_refused():
     with pytest.raises(ShapeError, match="by one reward model"):
         margin_posterior(ensemble_posterior(members(3, 2)), ensemble_posterior(members(3, 4)))
     assert isinstance(ensemble_posterior(members()), RewardPosterior)
+
+
+def test_standardised_members_share_mean_and_spread():
+    rewards_nM = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 4.0, 0.5])
+    rewards_nM += torch.tensor([3.0, -1.0, 0.0])
+    scale, shift = standardization(rewards_nM)
+    after = rewards_nM * scale + shift
+    torch.testing.assert_close(after.mean(0), rewards_nM.mean().expand(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.std(0), rewards_nM.std(0).mean().expand(3), rtol=0, atol=1e-5)
+    assert torch.equal(rewards_nM.argsort(0), after.argsort(0))
+    assert [part.tolist() for part in standardization(rewards_nM[:, :1])] == [[1.0], [0.0]]
+    with pytest.raises(DataError, match="rewards alike"):
+        standardization(torch.tensor([[1.0, 2.0], [1.0, 3.0]]))

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +36,7 @@ from raylign.runtime.evaluate_job import (
 )
 from raylign.runtime.evaluators import ActorOptions, DriftScorer, Evaluator
 from raylign.runtime.features_job import FeatureExtractor
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.types import Message
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -242,11 +242,11 @@ def test_actors_without_a_gpu_stay_off_the_one_they_see(monkeypatch, section, po
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_rewards_have_the_number_types_of_the_features(policies, tmp_path, adapter, monkeypatch):
+def test_rewards_have_the_number_types_of_the_features(policies, tmp_path, adapter):
     options = ActorOptions(dtype="bfloat16", adapter=adapter)
     head = HybridReward(1, 16)
-    fitted = SimpleNamespace(full=head)
-    monkeypatch.setattr(reward_scorer.FittedReward, "load", lambda _: fitted)
+    facts = {"centers": (0.0,), "full_center": 0.0, "temperature": 1.0, "fold_seed": 0, "metrics": {}}
+    FittedReward(heads=(head,), full=head, **facts).save(tmp_path)
     scorer = reward_scorer.make_reward_scorer(str(policies["before"]), str(tmp_path), (1,), options=options)
     features = FeatureExtractor(str(policies["before"]), FeaturesSection(), options.policy)
     for forward in (scorer._forward, features.forward):

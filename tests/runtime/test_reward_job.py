@@ -236,3 +236,15 @@ def test_pairs_that_members_disagree_about_weigh_less(uncertain, squash):
     doubt = (torch.cat(sure) - 0.5).abs() - (gamma - 0.5).abs()
     assert doubt.min() > -1e-6
     assert doubt.median() > 1e-5
+
+
+@pytest.mark.ray
+def test_one_fold_is_saved_although_its_two_heads_are_one(ray_cluster, tmp_path):
+    import ray.data
+
+    fitted = fit_reward(ray.data.from_arrow(made_up_pairs()), config=config_of(folds=1))
+    assert fitted.heads[0] is fitted.full
+    fitted.save(tmp_path)
+    states, _ = read_rows(made_up_pairs())
+    back = FittedReward.load(tmp_path)
+    assert torch.equal(predict(back.heads[0], states).mean, predict(fitted.full, states).mean)

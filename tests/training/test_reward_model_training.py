@@ -11,7 +11,7 @@ from raylign.errors import DataError, ShapeError, TrainingError
 from raylign.losses.diversity import lora_diversity
 from raylign.models.classifiers import ClassifierForward, add_members
 from raylign.models.reward_model import score_pairs
-from raylign.training.reward_model import MemberTraining, down_projections, standardization, train_members
+from raylign.training.reward_model import MemberTraining, down_projections, train_members
 from raylign.types import TokenizedPair
 
 NAMES = ["member0", "member1"]
@@ -169,19 +169,6 @@ def test_diversity_parts_adapters_that_start_alike():
         train_members(forward, NAMES, pairs, options=options(diversity_weight=weight, epochs=4), seeds=[4, 5])
         found[weight] = float(lora_diversity(down_projections(forward, NAMES)))
     assert found[1.0] > found[0.0] + 0.05
-
-
-def test_standardised_members_share_mean_and_spread():
-    rewards_nM = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 4.0, 0.5])
-    rewards_nM += torch.tensor([3.0, -1.0, 0.0])
-    scale, shift = standardization(rewards_nM)
-    after = rewards_nM * scale + shift
-    torch.testing.assert_close(after.mean(0), rewards_nM.mean().expand(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(after.std(0), rewards_nM.std(0).mean().expand(3), rtol=0, atol=1e-5)
-    assert torch.equal(rewards_nM.argsort(0), after.argsort(0))
-    assert [part.tolist() for part in standardization(rewards_nM[:, :1])] == [[1.0], [0.0]]
-    with pytest.raises(DataError, match="rewards alike"):
-        standardization(torch.tensor([[1.0, 2.0], [1.0, 3.0]]))
 
 
 def test_mistakes_are_named():

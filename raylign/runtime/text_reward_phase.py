@@ -1,0 +1,122 @@
+"""The reward phase of rewards that read texts: members out of fold, all pairs scored, and judged as heads are.
+
+Stored pairs are scored here once and not again when they are ranked: `scored/` holds them without hidden states, with
+each member's rewards and the fold that was left out for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import torch
+
+from raylign.config import RunConfig
+from raylign.evaluation.layers import layer_curve
+from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.execution import execution
+from raylign.runtime.fitted_reward import FULL, FittedTexts
+from raylign.runtime.pair_states import read_states
+from raylign.runtime.rank_job import pair_folds, scored_beliefs
+from raylign.runtime.reward_job import Held, reward_facts
+from raylign.runtime.text_reward_job import fit_members
+from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, score_dataset
+
+if TYPE_CHECKING:
+    import ray.data
+
+SCORED_DIR = "scored"
+
+
+def fit_text_reward(
+    features: ray.data.Dataset, *, config: RunConfig, model_path: str, directory: Path, options: ActorOptions
+) -> FittedTexts:
+    """Fit the members, score every pair by members that did not see its prompt, and judge them on the test split.
+
+    An external classifier saw none of the pairs: it scores them all. With reward.folds=1 members score the pairs that
+    they were fitted to.
+
+    Args:
+        features: pairs with token ids; their states serve the per-layer curve of the report alone.
+        config: of the run.
+        model_path: directory of the policy.
+        directory: of the phase, on storage that every node sees.
+        options: of the actors that score; one member is fitted with the CPUs and GPUs of one of them.
+
+    Returns:
+        What `fit_reward` returns, for texts; saved by the caller.
+
+    Raises:
+        DataError: a split without pairs.
+        ModelError: a classifier or tokenizer that cannot be used.
+        TrainingError: a member that cannot be fitted.
+    """
+    is_external, num_folds = config.reward.kind == "external", config.reward.folds
+    parts: dict[int, Path | None] = {FULL: None if is_external else directory / "full"}
+    if not is_external:
+        if num_folds > 1:
+            parts |= {fold: directory / f"fold{fold}" for fold in range(num_folds)}
+        for fold, members in parts.items():
+            fit_members(
+                features,
+                reward=config.reward,
+                reward_model=config.reward_model,
+                policy=config.policy,
+                model_path=model_path,
+                output_dir=members,
+                seed=config.run.seed,
+                excluded_folds=[] if fold == FULL else [fold],
+                num_cpus=options.num_cpus,
+                num_gpus=options.num_gpus,
+            )
+    scored = directory / SCORED_DIR
+    shutil.rmtree(scored, ignore_errors=True)
+    pairs = features.drop_columns(["chosen_states", "rejected_states"]).map_batches(
+        _with_fold,
+        batch_format="pyarrow",
+        fn_kwargs={"num_folds": 0 if is_external else num_folds, "seed": config.run.seed},
+    )
+    for fold, members in parts.items():
+        # with one fold what was fitted to all pairs is all that there is
+        own = pairs if len(parts) == 1 else pairs.map_batches(_only, batch_format="pyarrow", fn_kwargs={"fold": fold})
+        rewarded = score_dataset(
+            own, model_path=model_path, reward_model=config.reward_model, directory=members, options=options
+        )
+        with execution(rewarded):
+            rewarded.write_parquet(str(scored / f"part{fold}"))
+    return _judged(scored, features, config=config, directory=directory)
+
+
+def _judged(scored: Path, features: ray.data.Dataset, *, config: RunConfig, directory: Path) -> FittedTexts:
+    table = pa.dataset.dataset(scored).to_table(columns=["row_id", "split", "fold", *HEAD_REWARD_COLUMNS])
+    table = table.sort_by("row_id")
+    held = {}
+    for split in ("train", "valid", "test"):
+        part = table.filter(pc.equal(table["split"], split))
+        held[split] = (Held(*scored_beliefs(part)), torch.from_numpy(part["fold"].to_numpy().astype("int64")))
+    is_out_of_fold = config.reward.kind == "external" or config.reward.folds > 1
+    facts = reward_facts(
+        *held["train"], valid=held["valid"][0], test=held["test"][0], is_out_of_fold=is_out_of_fold, config=config
+    )
+    states = read_states(features, max_pairs=config.reward.max_pairs)
+    (chosen, rejected, _), (test_chosen, test_rejected, _) = states.part("train"), states.part("test")
+    curve = layer_curve(chosen, rejected, test_chosen=test_chosen, test_rejected=test_rejected, ridge=_RIDGE)
+    facts.metrics["layers"] = [asdict(record) for record in curve]
+    return FittedTexts(**{field.name: getattr(facts, field.name) for field in fields(facts)}, directory=directory)
+
+
+_RIDGE = 0.1  # of the per-layer curve; reward.ridge belongs to probes
+
+
+def _with_fold(table: pa.Table, *, num_folds: int, seed: int) -> pa.Table:
+    fold = pair_folds(table, num_folds=num_folds, seed=seed).tolist() if num_folds else [FULL] * len(table)
+    return table.append_column("fold", pa.array(fold, pa.int16()))
+
+
+def _only(table: pa.Table, *, fold: int) -> pa.Table:
+    return table.filter(pc.equal(table["fold"], fold))
