@@ -16,15 +16,20 @@ PLAIN_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray of this session's own with two CPUs; `address="local"` keeps it apart from any other on the machine."""
+    """A Ray of this session's own with two CPUs; `address="local"` keeps it apart from any other on the machine.
+
+    Ray Train looks at its workers five times a second, also in drivers that a test starts.
+    """
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
@@ -38,11 +38,6 @@ pytestmark = pytest.mark.ray
 
 NUM_PAIRS = 18
 NUM_UPDATES = 10  # two epochs of five updates, the last of each with two pairs
-
-
-@pytest.fixture(autouse=True)
-def _poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +70,25 @@ def records(storage: Path, name: str = "train") -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
 
 
+class Trained(NamedTuple):
+    """Final weights, metric records and storage of a run."""
+
+    weights: dict[str, torch.Tensor]
+    records: list[dict[str, float]]
+    storage: Path
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(
     ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Final weights and metric records of the run that nothing happens to."""
+) -> Trained:
+    """The run of `make_config()` that nothing happens to; tests that change its files copy them."""
     storage = tmp_path_factory.mktemp("uninterrupted")
     result = run(make_config(), model_dir, pairs_dir, storage)
     assert [path.name for path in sorted((storage / "train").glob("step_*"))] == ["step_0000009", "step_0000010"]
     assert result.metrics["step"] == NUM_UPDATES
     assert [r["step"] for r in records(storage)] == [2, 4, 6, 8, 10]
-    return weights(result), records(storage)
+    return Trained(weights(result), records(storage), storage)
 
 
 def assert_bitwise(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -93,7 +96,7 @@ def assert_bitwise(first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
-def test_ray_trains_what_a_plain_loop_trains(uninterrupted: Any, model_dir: Path, pairs_dir: Path) -> None:
+def test_ray_trains_what_a_plain_loop_trains(uninterrupted: Trained, model_dir: Path, pairs_dir: Path) -> None:
     from raylign.models.forward import PolicyForward
     from raylign.models.loading import load_policy
     from raylign.training.loop import train_offline
@@ -117,7 +120,7 @@ def test_ray_trains_what_a_plain_loop_trains(uninterrupted: Any, model_dir: Path
         seed=0,
     )
     trained = dict(policy.model.state_dict())
-    assert_bitwise({name: trained[name] for name in uninterrupted[0]}, uninterrupted[0])
+    assert_bitwise({name: trained[name] for name in uninterrupted.weights}, uninterrupted.weights)
 
 
 @pytest.fixture
@@ -152,12 +155,12 @@ def dying_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_killed_worker_costs_no_bit(
-    uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
+    uninterrupted: Trained, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
 ) -> None:
     result = run(make_config("train.max_failures=1"), model_dir, pairs_dir, tmp_path)
     assert (tmp_path / "train" / "updates").read_text() == "0 1 2 3 4 3 4 5 6 7 8 9 "
-    assert_bitwise(weights(result), uninterrupted[0])
-    assert records(tmp_path) == uninterrupted[1]
+    assert_bitwise(weights(result), uninterrupted.weights)
+    assert records(tmp_path) == uninterrupted.records
     rows = read_ledger(tmp_path / "train" / "ledger")
     assert {row.phase for row in rows} == {"policy_update"}
     [killed] = [row for row in rows if not row.is_finished]  # the last update of the first epoch, and the deadly one
@@ -179,13 +182,13 @@ import ray
 sys.path.insert(0, sys.argv[1])
 from test_trainer import make_config, run
 ray.init(address=sys.argv[5], log_to_driver=False)
-run(make_config("train.epochs=60", "train.max_steps=10"), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+run(make_config(), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
 """
 
 
 @pytest.mark.slow
 def test_a_killed_driver_is_continued_by_resume(
-    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+    uninterrupted: Trained, model_dir: Path, pairs_dir: Path, tmp_path: Path
 ) -> None:
     """SIGKILL as soon as the first checkpoint is registered; `run.resume` finishes bitwise."""
     import ray
@@ -208,47 +211,44 @@ def test_a_killed_driver_is_continued_by_resume(
     driver.wait()
     assert snapshot.exists()
 
-    config = ("train.epochs=60", "train.max_steps=10")
-    result = run(make_config("run.resume=true", *config), model_dir, pairs_dir, tmp_path)
-    whole = run(make_config(*config), model_dir, pairs_dir, tmp_path, name="whole")
-    assert_bitwise(weights(result), weights(whole))
-    assert records(tmp_path) == records(tmp_path, "whole")
+    result = run(make_config("run.resume=true"), model_dir, pairs_dir, tmp_path)
+    assert_bitwise(weights(result), uninterrupted.weights)
+    assert records(tmp_path) == uninterrupted.records
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_not_repeated_and_not_overwritten(
-    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+    uninterrupted: Trained, model_dir: Path, pairs_dir: Path, tmp_path: Path
 ) -> None:
-    first = run(make_config("train.max_steps=2"), model_dir, pairs_dir, tmp_path)
+    shutil.copytree(uninterrupted.storage, tmp_path, dirs_exist_ok=True)
     with pytest.raises(OutputExistsError, match=r"run\.resume=true"):
-        run(make_config("train.max_steps=2"), model_dir, pairs_dir, tmp_path)
+        run(make_config(), model_dir, pairs_dir, tmp_path)
 
-    again = run(make_config("train.max_steps=2", "run.resume=true"), model_dir, pairs_dir, tmp_path)
-    assert again.checkpoint.path == first.checkpoint.path
-    assert [r["step"] for r in records(tmp_path)] == [2]
+    again = run(make_config("run.resume=true"), model_dir, pairs_dir, tmp_path)
+    assert Path(again.checkpoint.path) == tmp_path / "train" / "step_0000010"
+    assert_bitwise(weights(again), uninterrupted.weights)
+    assert records(tmp_path) == uninterrupted.records
 
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=r"train\.beta: was 0\.15, now 0\.3"):
-        run(make_config("train.max_steps=2", "run.resume=true", "train.beta=0.3"), model_dir, pairs_dir, tmp_path)
+        run(make_config("run.resume=true", "train.beta=0.3"), model_dir, pairs_dir, tmp_path)
     assert time.monotonic() - started < 5
 
     changed = write_pairs(tmp_path / "others", tiny_table(NUM_PAIRS, seed=8))
-    config = make_config("train.max_steps=2", "run.resume=true", "train.max_failures=0")
     with pytest.raises(CheckpointError, match=r"training worker 0 of 1: .*pairs: was"):
-        run(config, model_dir, changed, tmp_path)
+        run(make_config("run.resume=true", "train.max_failures=0"), model_dir, changed, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_is_gone_or_damaged_is_named_at_once(
-    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path
+    uninterrupted: Trained, model_dir: Path, pairs_dir: Path, tmp_path: Path
 ) -> None:
-    config = make_config("train.max_steps=1", "run.resume=true")
-    checkpoint = Path(run(config, model_dir, pairs_dir, tmp_path).checkpoint.path)
+    shutil.copytree(uninterrupted.storage, tmp_path, dirs_exist_ok=True)
+    config = make_config("run.resume=true")
+    checkpoint = tmp_path / "train" / "step_0000010"
     (checkpoint / "policy" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match=r"model\.safetensors has 4 bytes instead of \d+"):
         run(config, model_dir, pairs_dir, tmp_path)
     shutil.rmtree(checkpoint)
-    with pytest.raises(CheckpointError, match=r"(?s)checkpoint_manager_snapshot\.json: .*step_0000001.*new run\.name"):
+    with pytest.raises(CheckpointError, match=r"(?s)checkpoint_manager_snapshot\.json: .*step_0000010.*new run\.name"):
         run(config, model_dir, pairs_dir, tmp_path)
 
 
@@ -264,24 +264,24 @@ def test_a_loss_that_is_not_finite_names_rank_and_update_without_a_retry(
 
 @pytest.mark.slow
 def test_two_workers_train_what_one_trains(
-    uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path
+    uninterrupted: Trained, model_dir: Path, pairs_dir: Path, tmp_path: Path
 ) -> None:
     result = run(make_config("resources.num_workers=2"), model_dir, pairs_dir, tmp_path)
     for name, value in weights(result).items():
-        torch.testing.assert_close(value, uninterrupted[0][name], rtol=0, atol=2e-5)
-    for mine, theirs in zip(records(tmp_path), uninterrupted[1], strict=True):
+        torch.testing.assert_close(value, uninterrupted.weights[name], rtol=0, atol=2e-5)
+    for mine, theirs in zip(records(tmp_path), uninterrupted.records, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
 
 
 @pytest.mark.slow
 def test_a_dataset_trains_like_its_parquet_files(
-    uninterrupted: Any, model_dir: Path, pairs_dir: Path, tmp_path: Path
+    uninterrupted: Trained, model_dir: Path, pairs_dir: Path, tmp_path: Path
 ) -> None:
     import ray
 
     dataset = ray.data.read_parquet(str(pairs_dir)).map_batches(lambda table: table, batch_format="pyarrow")
     result = run(make_config(), model_dir, dataset, tmp_path)
-    assert_bitwise(weights(result), uninterrupted[0])
+    assert_bitwise(weights(result), uninterrupted.weights)
 
 
 @pytest.mark.slow
@@ -335,3 +335,41 @@ def test_pairs_that_cannot_be_trained_on_are_refused_before_workers_start(
     valid_only = pq.read_table(pairs_dir, filters=[("split", "=", "valid")])
     with pytest.raises(DataError, match="num_pairs=0"):
         run(make_config(), model_dir, write_pairs(tmp_path / "valid", valid_only), tmp_path)
+
+
+@pytest.mark.parametrize(("num_workers", "seconds"), [(1, 0.5), (32, 0.5), (64, 1.0), (128, 2.0), (1000, 2.0)])
+def test_looks_at_workers_are_rarer_when_there_are_many(num_workers: int, seconds: float) -> None:
+    from raylign.runtime.trainer import poll_interval_s
+
+    assert poll_interval_s(num_workers) == seconds
+
+
+@pytest.mark.parametrize(("of_the_user", "used"), [(None, "0.5"), ("7", "7")])
+def test_ray_train_reads_its_limits_while_it_runs_only(
+    of_the_user: str | None,
+    used: str,
+    ray_cluster: None,
+    model_dir: Path,
+    pairs_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray.train
+
+    names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if of_the_user is not None:
+        monkeypatch.setenv(names[0], of_the_user)
+
+    class Trainer:
+        def __init__(self, *args: Any, **options: Any) -> None: ...
+
+        def fit(self) -> Any:
+            read = tuple(os.environ[name] for name in names)
+            return ray.train.Result(metrics={"read": read}, checkpoint=None, error=None, path=str(tmp_path))
+
+    monkeypatch.setattr("raylign.runtime.trainer.TorchTrainer", Trainer)
+    result = run(make_config("resources.start_timeout_s=45"), model_dir, pairs_dir, tmp_path)
+    assert result.metrics["read"] == (used, "45.0")
+    assert [os.environ.get(name) for name in names] == [of_the_user, None]
