@@ -48,23 +48,28 @@ class LayerPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardQuality:
-    """The hybrid reward, judged on pairs it never saw.
+    """The reward, judged on pairs it never saw.
 
     Attributes:
+        kind: `reward.kind`.
         test_accuracy: share of test pairs ordered as their label says.
         out_of_fold_accuracy: likewise on training pairs, each scored by a head that did not see its prompt; None when
             there is one fold, whose head saw them all.
         test_ece: expected calibration error of the label confidence on test pairs.
         test_brier: mean squared error of the label confidence on test pairs; 0.25 is a coin.
+        test_disagreement: mean posterior standard deviation of the margins of test pairs, reward units; 0 with one
+            member.
         num_train_pairs: pairs the heads were fitted on.
-        num_test_pairs: pairs of the two test numbers.
+        num_test_pairs: pairs of the test numbers.
         layers: probe of every layer alone, by layer.
     """
 
+    kind: str
     test_accuracy: Interval
     out_of_fold_accuracy: float | None
     test_ece: float
     test_brier: float
+    test_disagreement: float
     num_train_pairs: int
     num_test_pairs: int
     layers: tuple[LayerPoint, ...]

@@ -142,8 +142,11 @@ def _reward(data: ReportData) -> str:
     reward = data.reward
     if isinstance(reward, NotMeasured):
         return _not_measured(reward)
-    figure = plots.layer_accuracy(reward.layers, hybrid=reward.test_accuracy, num_pairs=reward.num_test_pairs)
+    figure = plots.layer_accuracy(
+        reward.layers, whole=reward.test_accuracy, kind=reward.kind, num_pairs=reward.num_test_pairs
+    )
     rows = [
+        ("Reward model", reward.kind, "reward.kind"),
         (
             "Held-out accuracy: test pairs ordered as labelled",
             format_interval(reward.test_accuracy, "share"),
@@ -156,7 +159,12 @@ def _reward(data: ReportData) -> str:
         ),
         ("Calibration error (ECE) of the label confidence", format_number(reward.test_ece, "logit"), "reward.test_ece"),
         ("Brier score; 0.25 is a coin", format_number(reward.test_brier, "logit"), "reward.test_brier"),
-        ("Pairs the heads were fitted on", f"{reward.num_train_pairs:,}", "reward.num_train_pairs"),
+        (
+            "Standard deviation of test margins, reward units; 0 with one member",
+            format_number(reward.test_disagreement, "logit"),
+            "reward.test_disagreement",
+        ),
+        ("Pairs the reward was fitted on", f"{reward.num_train_pairs:,}", "reward.num_train_pairs"),
         ("Test pairs", f"{reward.num_test_pairs:,}", "reward.num_test_pairs"),
     ]
     layers = _figure(figure, "Accuracy and calibration error by layer") if reward.layers else ""

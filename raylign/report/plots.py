@@ -75,21 +75,22 @@ def to_data_uri(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(to_png(figure)).decode("ascii")
 
 
-def layer_accuracy(layers: Sequence[LayerPoint], *, hybrid: Interval | None, num_pairs: int) -> Figure:
-    """Accuracy and calibration error of each layer's probe, the hybrid reward as a band.
+def layer_accuracy(layers: Sequence[LayerPoint], *, whole: Interval | None, kind: str, num_pairs: int) -> Figure:
+    """Accuracy and calibration error of each layer's probe, the whole reward as a band.
 
     Args:
         layers: one point per layer, at least one.
-        hybrid: test accuracy of the whole reward, None to leave it out.
+        whole: test accuracy of the reward, None to leave it out.
+        kind: `reward.kind`.
         num_pairs: test pairs behind each point.
     """
     figure = new_figure(7.0, 4.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     numbers = [point.layer for point in layers]
     upper.plot(numbers, [point.pair_accuracy for point in layers], "o-", color=BLUE, label="one layer's probe")
-    if hybrid is not None:
-        upper.axhspan(hybrid.low, hybrid.high, color=ORANGE, alpha=0.25, lw=0)
-        upper.axhline(hybrid.mean, color=ORANGE, ls="--", label="hybrid of all layers, 95 % band")
+    if whole is not None:
+        upper.axhspan(whole.low, whole.high, color=ORANGE, alpha=0.25, lw=0)
+        upper.axhline(whole.mean, color=ORANGE, ls="--", label=f"the run's reward ({kind}), 95 % band")
     upper.axhline(0.5, color=GREY, ls=":", label="chance")
     upper.set_ylabel("pair accuracy")
     upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -101,7 +101,7 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
         judge=SignCheck(**facts["evaluate"]["judge"]),
         refusal_detector=RefusalValidation(**facts["evaluate"]["refusal_detector"]),
         drift=read_drift(evaluate / DRIFT_FILE),
-        reward=_reward_quality(facts["reward"], layers),
+        reward=_reward_quality(config.reward.kind, facts["reward"], layers),
         confidence=_confidence(config, facts["rank"]),
         training=read_records(run.directory / "train" / METRICS_FILE),
         data_counts={
@@ -167,12 +167,14 @@ def read_drift(file: Path) -> DriftReport:
     return DriftReport(**content)
 
 
-def _reward_quality(metrics: Mapping[str, Any], layers: tuple[int, ...]) -> RewardQuality:
+def _reward_quality(kind: str, metrics: Mapping[str, Any], layers: tuple[int, ...]) -> RewardQuality:
     return RewardQuality(
+        kind=kind,
         test_accuracy=Interval(**metrics["test_accuracy"], num_items=metrics["num_test_pairs"]),
         out_of_fold_accuracy=metrics["out_of_fold_accuracy"],
         test_ece=metrics["test_ece"],
         test_brier=metrics["test_brier"],
+        test_disagreement=metrics["test_disagreement"],
         num_train_pairs=metrics["num_train_pairs"],
         num_test_pairs=metrics["num_test_pairs"],
         layers=tuple(

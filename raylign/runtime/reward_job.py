@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,18 @@ from raylign.rewards.confidence import count_flips, fit_temperature, pair_confid
 from raylign.rewards.cross_fit import cross_fit, grouped_folds
 from raylign.rewards.fit import FitOptions, fit_hybrid, member_weights, predict
 from raylign.rewards.fit_gaussian import fit_gaussian, standardize_targets
+from raylign.rewards.gaussian import GaussianHeads, share_at_floor
 from raylign.rewards.hybrid import HybridReward
 from raylign.rewards.laplace import fit_laplace
+from raylign.rewards.member_facts import ANCHOR_LIMIT, anchor_spread
 from raylign.rewards.posterior import MarginPosterior, RewardHead, RewardPosterior, margin_posterior
 from raylign.runtime.fitted_reward import FittedReward, RewardFacts, resolve_temperature
 from raylign.runtime.pair_states import read_states
 
 if TYPE_CHECKING:
     import ray.data
+
+logger = logging.getLogger(__name__)
 
 Pairs = tuple[torch.Tensor, torch.Tensor]  # chosen and rejected states, each (N, L, D)
 
@@ -40,7 +45,7 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
     Returns:
         Heads and metrics: `out_of_fold_accuracy`, `test_accuracy` (mean, low, high), `test_ece`, `test_brier` and
         `test_flips` of the label confidence, `test_ece_temperature` of the preference probability, `test_disagreement`,
-        the per-layer `layers` curve, and counts.
+        the per-layer `layers` curve, `warnings`, and counts.
 
     Raises:
         DataError: a split without pairs, or another number of layers than the states have.
@@ -70,6 +75,9 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
     )
     curve = layer_curve(chosen, rejected, test_chosen=test[0], test_rejected=test[1], ridge=settings.ridge)
     facts.metrics["layers"] = [asdict(record) for record in curve]
+    facts.metrics["warnings"] = member_warnings(fit.full, predict(fit.full, torch.cat([test[0], test[1]])))
+    for warning in facts.metrics["warnings"]:
+        logger.warning("reward.kind=%s: %s", settings.kind, warning)
     return FittedReward(
         **{field.name: getattr(facts, field.name) for field in fields(facts)},
         heads=fit.heads,
@@ -227,6 +235,29 @@ def head_fitter(
         return probes(rows, num_heads=settings.num_heads, weights=weights)
 
     return fit
+
+
+def member_warnings(head: RewardHead, belief: RewardPosterior) -> list[str]:
+    """What makes a rule over members mean less than it seems to, each with its cure.
+
+    Args:
+        head: fitted.
+        belief: of the head about answers that it was not fitted to.
+    """
+    found = []
+    if isinstance(head, GaussianHeads) and belief.head_scales is not None:
+        share = float(share_at_floor(belief.head_scales, head.sigma_floor).mean())
+        if share > 0.5:
+            found.append(
+                f"sigma lies on its floor for {share:.0%} of the test answers (variance collapse), so that which head "
+                "is the most confident is rounding; use brme.loss=gaussian_nll, beta_nll or mse_reparam_kl"
+            )
+    if belief.num_heads > 1 and (spread := anchor_spread(belief.head_rewards)) > ANCHOR_LIMIT:
+        found.append(
+            f"the zeros of the members lie {spread:.2f} apart in units of what a member says (limit {ANCHOR_LIMIT:g}), "
+            "so that a minimum over members is mostly that of the lowest zero; keep reward.standardize=true"
+        )
+    return found
 
 
 def held_out_metrics(held: Held, fitted: RewardFacts, confidence: ConfidenceSection, *, seed: int) -> dict[str, Any]:

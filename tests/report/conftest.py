@@ -67,6 +67,8 @@ def report_data() -> ReportData:
         reward=RewardQuality(
             test_accuracy=Interval(mean=0.68, low=0.64, high=0.72, num_items=600),
             out_of_fold_accuracy=0.66,
+            kind="hybrid",
+            test_disagreement=0.0,
             test_ece=0.06,
             test_brier=float("nan"),
             num_train_pairs=4800,

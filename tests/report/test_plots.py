@@ -16,7 +16,7 @@ def test_all_figures_of_a_run(report_data):
     data = report_data
     costs = [[c.cost for c in answers if c.harmful] for answers in (data.before, data.after)]
     for figure in (
-        plots.layer_accuracy(data.reward.layers, hybrid=data.reward.test_accuracy, num_pairs=600),
+        plots.layer_accuracy(data.reward.layers, whole=data.reward.test_accuracy, kind="hybrid", num_pairs=600),
         plots.confidence_histogram(data.confidence),
         plots.training_curves(data.training),
         plots.drift_figure(data.drift),
@@ -36,8 +36,10 @@ def flat_confidence(num_flips: int) -> ConfidenceFacts:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: plots.layer_accuracy([POINT], hybrid=None, num_pairs=1),
-        lambda: plots.layer_accuracy([POINT], hybrid=Interval(mean=1, low=1, high=1, num_items=3), num_pairs=3),
+        lambda: plots.layer_accuracy([POINT], whole=None, kind="brme", num_pairs=1),
+        lambda: plots.layer_accuracy(
+            [POINT], whole=Interval(mean=1, low=1, high=1, num_items=3), kind="brme", num_pairs=3
+        ),
         lambda: plots.confidence_histogram(flat_confidence(0)),
         lambda: plots.confidence_histogram(flat_confidence(5)),
         lambda: plots.training_curves([]),

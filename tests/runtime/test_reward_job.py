@@ -248,3 +248,19 @@ def test_one_fold_is_saved_although_its_two_heads_are_one(ray_cluster, tmp_path)
     states, _ = read_rows(made_up_pairs())
     back = FittedReward.load(tmp_path)
     assert torch.equal(predict(back.heads[0], states).mean, predict(fitted.full, states).mean)
+
+
+def test_collapsed_sigmas_and_members_without_a_common_zero_are_warned_of():
+    from raylign.rewards.gaussian import GaussianHeads
+    from raylign.runtime.reward_job import member_warnings
+
+    states = torch.randn(64, NUM_LAYERS, WIDTH, generator=torch.Generator().manual_seed(0))
+    heads = GaussianHeads(NUM_LAYERS, WIDTH, num_heads=3, sigma_floor=0.05)
+    with torch.no_grad():
+        heads.weight_mean.normal_(generator=torch.Generator().manual_seed(1))
+        assert member_warnings(heads, predict(heads, states)) == []
+        heads.bias_scale.fill_(-20)
+        heads.bias_mean[1] += 30
+        collapsed, apart = member_warnings(heads, predict(heads, states))
+    assert "100% of the test answers (variance collapse)" in collapsed
+    assert "reward.standardize=true" in apart
