@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from raylign.data.tokenization import end_of_response_id
+from raylign.data.tokenization import end_of_response_id, special_ids
 from raylign.errors import ModelError
 from raylign.types import Message
 
@@ -136,12 +136,6 @@ class ConversationReader:
             return []
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that no plain text gives: the tokenizer's named special tokens and the added ones that are special."""
-    added = tokenizer.added_tokens_decoder
-    return set(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
 
 
 def _cut(text: str, frame: _Frame) -> tuple[Message, ...] | None:

@@ -60,7 +60,7 @@ def tokenize_pairs(
         special_token_in_text, template_error, template_prefix_mismatch, prompt_too_long, equal_after_truncation.
     """
     end_id = end_of_response_id(tokenizer)
-    forbidden = _special_pattern(tokenizer)
+    forbidden = special_pattern(tokenizer)
     results: list[TokenizedPair | RowError | None] = [None] * len(pairs)
     texts: list[str] = []
     templated: list[int] = []
@@ -90,7 +90,7 @@ def end_of_response_id(tokenizer: PreTrainedTokenizerBase) -> int:
         ModelError: neither exists.
     """
     behind = _render(tokenizer, _PROBE, add_generation_prompt=False).rpartition(_PROBE_ANSWER)[2]
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     for token in _encode(tokenizer, [behind])[0] if behind else []:
         if token in special:
             return int(token)
@@ -188,12 +188,13 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids that no plain text gives: the tokenizer's named special tokens and the added ones that are special."""
     added = tokenizer.added_tokens_decoder
     return set(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
 
 
-def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Matches any special token spelled out in a text; never matches when there is none."""
-    spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer))), key=len, reverse=True)
+    spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))), key=len, reverse=True)
     return re.compile("|".join(re.escape(token) for token in spelled) or r"(?!)")

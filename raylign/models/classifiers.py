@@ -10,7 +10,6 @@ Shape letters: n sequences, B pairs, M members, C outputs, S row length, D hidde
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 
 from raylign.data.tokenization import end_of_response_id
 from raylign.errors import ModelError
-from raylign.models.loading import load_config
+from raylign.models.loading import load_config, without_renaming_warnings
 from raylign.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def load_classifier(
     if set(report["missing_keys"]) != {f"{HEAD}.weight"}:
         raise ModelError(f"{directory}: expected weights that lack {HEAD}.weight, they lack {report['missing_keys']}")
     if gradient_checkpointing:
-        with _without_renaming_warnings():
+        with without_renaming_warnings():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _draw_head(model.score.float(), model.config, seed)
     return model
@@ -281,7 +280,7 @@ def add_members(
             target_modules="all-linear",
             task_type="SEQ_CLS",
         )
-        with torch.random.fork_rng(devices=[]), _without_renaming_warnings():
+        with torch.random.fork_rng(devices=[]), without_renaming_warnings():
             torch.manual_seed(seed)  # peft draws from the global generator
             if wrapped is None:
                 wrapped = get_peft_model(model, config, adapter_name=name)
@@ -304,7 +303,7 @@ def load_members(model: PreTrainedModel, directories: Sequence[Path]) -> PeftMod
         if not (directory / "adapter_model.safetensors").is_file():
             raise ModelError(f"{directory} holds no adapter_model.safetensors; fit the reward model again")
         try:
-            with _without_renaming_warnings():
+            with without_renaming_warnings():
                 if wrapped is None:
                     wrapped = PeftModel.from_pretrained(model, directory, adapter_name=directory.name)
                 else:
@@ -345,11 +344,3 @@ def _expecting_a_new_head() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_no_report)
-
-
-@contextmanager
-def _without_renaming_warnings() -> Iterator[None]:
-    """Transformers 5.23 renamed "gradient" to "activation" checkpointing; 5.20 and peft know the old names only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        yield

@@ -138,7 +138,7 @@ def load_policy(
         if report["missing_keys"]:
             raise ModelError(f"{directory}: the weights lack {_some(report['missing_keys'])}")
         if gradient_checkpointing:
-            with _without_renaming_warnings():
+            with without_renaming_warnings():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter == "full":
             return model
@@ -152,7 +152,7 @@ def load_policy(
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(directory),
         )
-        with _without_renaming_warnings():
+        with without_renaming_warnings():
             return get_peft_model(model, lora).eval()
 
 
@@ -164,14 +164,14 @@ def _load_adapter(directory: Path, **base_options: Any) -> PeftModel:
         raise ModelError(f"{directory / _ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
     model = load_policy(resolve_model(base), **base_options)
     try:
-        with _without_renaming_warnings():
+        with without_renaming_warnings():
             return PeftModel.from_pretrained(model, directory, is_trainable=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load the adapter in {directory} onto {base}: {error}") from error
 
 
 @contextmanager
-def _without_renaming_warnings() -> Iterator[None]:
+def without_renaming_warnings() -> Iterator[None]:
     """Transformers 5.23 renamed "gradient" to "activation" checkpointing; 5.20 and peft know the old names only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 
-from raylign.data.conversations import ConversationReader, Ids, special_ids
+from raylign.data.conversations import ConversationReader, Ids
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
-from raylign.data.tokenization import end_of_response_id
+from raylign.data.tokenization import end_of_response_id, special_pattern
 from raylign.errors import DataError, ModelError
 from raylign.evaluation.generation import encode_prompt
 from raylign.models.classifiers import ClassifierForward
@@ -74,7 +74,8 @@ class TextReward:
         self._reader = ConversationReader(tokenizer)
         self._members = tuple(members)
         self._own: Any = own_tokenizer
-        self._spelled = _special_texts(own_tokenizer)
+        # what another tokenizer would take for its special tokens; nothing where the policy's ids are read
+        self._spelled = special_pattern(own_tokenizer) if own_tokenizer is not None else re.compile(r"(?!)")
         self._column = column
         self._sign = -1.0 if is_cost else 1.0
         self._scale_M = torch.ones(self.num_heads) if scale is None else scale.float().cpu()
@@ -275,14 +276,6 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 def _longest(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-
-def _special_texts(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
-    """Matches what a tokenizer would take for one of its special tokens; nothing where there is none."""
-    if tokenizer is None:
-        return re.compile(r"(?!)")
-    spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))), key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in spelled) or r"(?!)")
 
 
 def _check_lengths(first: Sequence[Any], second: Sequence[Any]) -> None:
