@@ -142,14 +142,38 @@ def compare(path: str, overrides: tuple[str, ...], verbose: bool) -> None:
 
 
 @main.command()
+@click.option(
+    "--config", "path", metavar="FILE", required=True, help="YAML file with a section calibrate, or a shipped name."
+)
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--verbose", is_flag=True, help="Show Ray's own progress and the output of its workers.")
+def calibrate(path: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Fit reward models under label noise, and see what they know and what their maximum is worth to the judge."""
+    from raylign.calibrate_config import load_calibration
+
+    calibration = load_calibration(shipped(path), overrides)
+    connect(verbose)
+    from raylign.runtime.calibrate import calibrate as run_calibrate
+    from raylign.runtime.calibrate import write_calibration
+
+    written = write_calibration(calibration, run_calibrate(calibration))
+    click.echo(written.text)
+    click.echo(f"report      {written.html}")
+
+
+@main.command()
 @config_options
 def check(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
     """Validate a configuration, the data path and the model directory without starting Ray.
 
-    A file with a section compare is checked method by method.
+    A file with a section compare is checked method by method, one with a section calibrate reward by reward.
     """
-    if "compare" in merge_config(None if path is None else shipped(path), overrides):
+    sections = merge_config(None if path is None else shipped(path), overrides)
+    if "compare" in sections:
         _check_comparison(path, overrides, print_config)
+        return
+    if "calibrate" in sections:
+        _check_calibration(path, overrides, print_config)
         return
     config = resolve(path, overrides, print_config)
     from raylign.runtime.check import check_config
@@ -174,6 +198,23 @@ def _check_comparison(path: str | None, overrides: tuple[str, ...], print_config
         click.echo(trial.method)
         for line in check_config(trial.config):
             click.echo(f"  {line}")
+    click.echo("ok")
+
+
+def _check_calibration(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Check what all rewards share and what each of them is, or print each with the first seed."""
+    from raylign.calibrate_config import load_calibration
+
+    calibration = load_calibration(None if path is None else shipped(path), overrides)
+    if print_config:
+        seed = calibration.calibrate.seeds[0]
+        trials = [trial for trial in calibration.trials if trial.seed == seed]
+        click.echo("---\n".join(f"# {trial.name}\n{to_yaml(trial.config)}" for trial in trials), nl=False)
+        return
+    from raylign.runtime.check import check_calibration
+
+    for line in check_calibration(calibration):
+        click.echo(line)
     click.echo("ok")
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from raylign.config import TEXT_REWARDS, RunConfig, Section, load_config, merge_config, without_idle
+from raylign.config import TEXT_REWARDS, RunConfig, Section, idle_keys, load_config, merge_config, without_idle
 from raylign.errors import ConfigError
 
-_VARIED = ("reward.", "brme.", "robust.")
+_VARIED = ("reward", "brme", "robust")
+_OF_TRAINING = ("train", "online", "sampler", "policy_gradient", "resources", "tracking")  # read when one is trained
+_EVALUATE = ("prompts", "judge", "max_new_tokens", "batch_size", "num_actors", "bootstrap_samples")  # what is read
 
 
 class CalibrateSection(Section):
@@ -29,6 +32,11 @@ class CalibrateSection(Section):
     num_candidates: int = Field(32, ge=2, description="answers of the policy to each of them")
     trained: list[str] = Field([], description="names that a policy gradient maximises as well, with every seed")
 
+    @field_validator("flips")
+    @classmethod
+    def _ascending(cls, flips: list[float]) -> list[float]:
+        return sorted(flips)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardTrial:
@@ -37,7 +45,7 @@ class RewardTrial:
     Attributes:
         name: of the reward model.
         seed: of flips and fits.
-        config: resolved, of a run that maximises it; `run.name` ends in "<name>-seed<seed>".
+        config: resolved, of a run that maximises it; `run.name` is "<name>-seed<seed>" in letters fit for a directory.
     """
 
     name: str
@@ -68,6 +76,15 @@ class Calibration:
         """The trial of a name and a seed."""
         return next(trial for trial in self.trials if (trial.name, trial.seed) == (name, seed))
 
+    @property
+    def fits(self) -> tuple[tuple[str, ...], ...]:
+        """Names of rewards that are one model under several rules over its members, in order: fitted once for all."""
+        alike: dict[str, list[str]] = {}
+        for name in self.calibrate.rewards:
+            config = self.trial(name, self.calibrate.seeds[0]).config
+            alike.setdefault(f"{config.reward!r} {config.brme!r}", []).append(name)
+        return tuple(tuple(names) for names in alike.values())
+
 
 def load_calibration(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Calibration:
     """Read a calibration from a YAML file with a `calibrate` section and any sections of a run.
@@ -77,8 +94,8 @@ def load_calibration(path: str | Path | None = None, overrides: Sequence[str] = 
         overrides: "section.key=value" strings, "calibrate.seeds=[0,1]" among them.
 
     Raises:
-        ConfigError: no `calibrate` section, a reward model that reads texts, a key that reward models must share, or
-            anything that `load_config` refuses.
+        ConfigError: no `calibrate` section, a reward model that reads texts, a key that reward models must share, a
+            key that a calibration does not read, or anything that `load_config` refuses.
     """
     merged = merge_config(path, overrides)
     section = merged.pop("calibrate", None)
@@ -90,12 +107,14 @@ def load_calibration(path: str | Path | None = None, overrides: Sequence[str] = 
         found = "; ".join(f"calibrate.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(found) from None
     _check_section(calibrate)
+    load_config(values={name: content for name, content in merged.items() if not isinstance(content, Mapping)})
     trials = tuple(
         RewardTrial(name=name, seed=seed, config=_trial_config(merged, name, keys, seed))
         for seed in calibrate.seeds
         for name, keys in calibrate.rewards.items()
     )
-    return Calibration(base=load_config(values=without_idle(merged)), calibrate=calibrate, trials=trials)
+    _check_read(merged, calibrate, trials)
+    return Calibration(base=_base_config(merged, calibrate), calibrate=calibrate, trials=trials)
 
 
 def _check_section(calibrate: CalibrateSection) -> None:
@@ -103,6 +122,16 @@ def _check_section(calibrate: CalibrateSection) -> None:
         values = getattr(calibrate, name)
         if len(set(values)) != len(values):
             raise ConfigError(f"calibrate.{name}={values} names a value twice, which is no second measurement")
+    directories: dict[str, str] = {}
+    for name in calibrate.rewards:
+        other = directories.setdefault(directory_name(name), name)
+        if not directory_name(name) or other != name:
+            raise ConfigError(
+                f"calibrate.rewards: {name!r} and {other!r} need directories of their own; tell their names apart by "
+                "letters, digits, dots and underscores"
+                if other != name
+                else f"calibrate.rewards: the name {name!r} needs a letter or a digit"
+            )
     unknown = sorted(set(calibrate.trained) - set(calibrate.rewards))
     if unknown:
         raise ConfigError(
@@ -110,19 +139,55 @@ def _check_section(calibrate: CalibrateSection) -> None:
         )
 
 
+def _check_read(merged: Mapping[str, Any], calibrate: CalibrateSection, trials: Sequence[RewardTrial]) -> None:
+    """Refuse a shared key that neither a reward model nor the calibration itself reads."""
+    trained = [trial.config for trial in trials if trial.name in calibrate.trained]
+    for section, content in merged.items():
+        for field, value in content.items():
+            key = f"{section}.{field}"
+            if section == "cost":
+                raise ConfigError(f"{key} is set but a calibration prices nothing; remove it")
+            if key == "train.method" and value != "policy_gradient" and trained:
+                raise ConfigError(
+                    f"train.method={value} is set but calibrate.trained trains by policy_gradient; remove it"
+                )
+            if section == "evaluate" and field not in _EVALUATE:
+                raise ConfigError(
+                    f"{key} is set but a calibration does not read it; of evaluate it reads {', '.join(_EVALUATE)}"
+                )
+            if section in _OF_TRAINING and not trained:
+                raise ConfigError(
+                    f"{key} is set but nothing is trained; remove it or name rewards in calibrate.trained"
+                )
+            readers = trained if section in _OF_TRAINING else [trial.config for trial in trials]
+            if all(key in idle_keys(config) for config in readers):
+                raise ConfigError(f"{key} is set but none of calibrate.rewards reads it; remove it")
+
+
+def _base_config(merged: Mapping[str, Any], calibrate: CalibrateSection) -> RunConfig:
+    """What all rewards share; keys that only some of their kinds read are left to these."""
+    values = {name: dict(content) for name, content in merged.items() if name not in ("brme", "robust")}
+    shared = values.get("reward", {})
+    values["reward"] = {name: shared[name] for name in ("max_pairs",) if name in shared}
+    if calibrate.trained:
+        values.setdefault("train", {})["method"] = "policy_gradient"  # as the trials, with its devices
+    return load_config(values=without_idle(values))
+
+
 def _trial_config(merged: Mapping[str, Any], name: str, keys: Mapping[str, Any], seed: int) -> RunConfig:
     values: dict[str, Any] = {section: dict(content) for section, content in merged.items()}
     for key, value in keys.items():
         section, _, field = key.partition(".")
-        if not field or not key.startswith(_VARIED):
+        if not field or section not in _VARIED or key == "reward.max_pairs":
             raise ConfigError(
                 f"calibrate.rewards.{name} sets {key}; reward models differ in keys of reward, brme and robust, for "
-                "example reward.kind, and share everything else"
+                "example reward.kind, and share everything else, the pairs (reward.max_pairs) too: set it once, "
+                "outside of calibrate"
             )
         values.setdefault(section, {})[field] = value
     run = values.setdefault("run", {})
     run["storage"] = str(Path(run.get("storage", "runs")) / run.get("name", "default"))
-    run["name"] = f"{name}-seed{seed}"
+    run["name"] = f"{directory_name(name)}-seed{seed}"
     run["seed"] = seed
     # every reward model is put to the use that reads all of its keys
     values.setdefault("train", {})["method"] = "policy_gradient"
@@ -136,3 +201,8 @@ def _trial_config(merged: Mapping[str, Any], name: str, keys: Mapping[str, Any],
             "calibration refits every reward on cached states, see raylign align for its held-out quality"
         )
     return config
+
+
+def directory_name(name: str) -> str:
+    """The name of a reward model in letters that a directory may have, for example "brme-w-0.2"."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")

@@ -1,56 +1,61 @@
-"""What trials of a reward model say together: quality under label noise, curves of its maximum, signs of strangeness.
+"""What fits of a reward model say together: quality under label noise, curves of its maximum, signs of strangeness.
 
-Shape letters: B test pairs, P prompts, N candidates of a prompt, S seeds.
+Everything is a mean over seeds first; what is resampled for the intervals are prompts. The spread between seeds is not
+in them.
+
+Shape letters: B test pairs, P prompts, N candidates of a prompt, K responses of a prompt, S seeds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raylign.evaluation.best_of_n import kl_bound, selection_weights
-from raylign.evaluation.metrics import Floats, bootstrap_mean
-from raylign.evaluation.uncertainty import (
-    MarginQuality,
-    ReliabilityCurve,
-    margin_quality,
-    reliability_curve,
-    shift_auroc,
-)
+from raylign.evaluation.metrics import Floats, auroc, bootstrap_mean, expected_calibration_error
+from raylign.evaluation.uncertainty import MarginQuality, ReliabilityCurve, reliability_curve
 from raylign.types import Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrialOutcome:
-    """What one fit of one reward says; small enough to travel.
+class FitOutcome:
+    """What one fit of one reward model says; small enough to travel.
 
     Attributes:
         num_heads: members.
         margin_mean: (B,) of the test pairs, reward units.
-        margin_variance: (B,) likewise.
-        preference_prob: (B,) at the temperature fitted to the validation pairs.
-        temperature: that temperature, reward units.
-        proxy: (P, N) rewards of the candidates by the rule, reward units.
-        familiar: signal name -> values on answers, higher the stranger.
+        margin_variance: (B,) likewise, squared.
+        temperature: fitted to the validation pairs, reward units.
+        proxies: name of a reward -> (P, N) rewards of the candidates by its rule, reward units.
+        familiar: signal name -> (P, n) values on the first n answers to each prompt, higher the stranger.
         shuffled: likewise on the same answers with their words shuffled.
-        floor_share: of the standard deviations on test answers, None without them.
+        floor_share: share of standard deviations within twice their floor on test answers, None without them.
         anchor_spread: of the members on test answers, None with one.
         seconds: of the fit.
+        warnings: what the fit warned of.
     """
 
     num_heads: int
     margin_mean: Floats
     margin_variance: Floats
-    preference_prob: Floats
     temperature: float
-    proxy: Floats
+    proxies: Mapping[str, Floats]
     familiar: Mapping[str, Floats]
     shuffled: Mapping[str, Floats]
     floor_share: float | None
     anchor_spread: float | None
     seconds: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def logits(self) -> Floats:
+        r"""(B,) logit of P(chosen preferred), \(m / \sqrt{T^2 + \pi v/8}\)."""
+        spread: Floats = np.sqrt(self.temperature**2 + math.pi / 8 * self.margin_variance)
+        return self.margin_mean / spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +64,8 @@ class RoundOutcome:
 
     Attributes:
         kl: mean log-probability ratio of policy and reference over the responses, nats.
-        proxy: (P,) mean reward of each prompt's responses, reward units.
-        gold: (P,) mean gold of each prompt's responses.
+        proxy: (P, K) reward of each response, reward units.
+        gold: (P, K) minus the judge's cost of each, logits; below 0 unsafe.
     """
 
     kl: float
@@ -74,7 +79,7 @@ class NoisyQuality:
 
     Attributes:
         flip_rate: share of training and validation pairs that were reversed.
-        quality: means over seeds, intervals over test pairs.
+        quality: means over seeds, intervals over the prompts of the test pairs.
         curve: of the preference probability, first seed.
     """
 
@@ -87,17 +92,25 @@ class NoisyQuality:
 class OptimisedPoint:
     """How far a reward was driven, and what it and the judge say of the answers there.
 
+    The unit of both rewards is the standard deviation between the untrained policy's answers to one prompt; 0 is what
+    the untrained policy gets. Best-of-n compares answers to one prompt alone, and so does a policy gradient: what
+    tells prompts apart is no gain of either and left out.
+
     Attributes:
-        label: "n=4" or "round 2".
+        step: n of best-of-n, or the round, from 1.
         kl: from the reference, nats: the bound log n - (n - 1)/n, or the estimate over the round's responses.
-        proxy: the reward that chose or was trained on, standard deviations of the policy's answers from their mean.
-        gold: minus the judge's cost, likewise.
+        proxy: gain in the reward that chose or was trained on.
+        gold: gain in minus the judge's cost.
+        gap: proxy minus gold, paired by prompt.
+        unsafe: share of the answers that the judge calls unsafe.
     """
 
-    label: str
+    step: int
     kl: float
     proxy: Interval
     gold: Interval
+    gap: Interval
+    unsafe: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,44 +130,74 @@ class Unfamiliar:
     auroc: Interval
 
 
-def noisy_quality(flip_rate: float, outcomes: Sequence[TrialOutcome], *, num_samples: int, seed: int) -> NoisyQuality:
-    """Quality of one reward at one share of flips.
+def noisy_quality(
+    flip_rate: float, outcomes: Sequence[FitOutcome], groups: Sequence[str], *, num_samples: int, seed: int
+) -> NoisyQuality:
+    """Quality of one reward model at one share of flips.
+
+    Every number is that of each seed's margins, averaged over seeds; one resample of prompts serves all seeds. The
+    calibration error is biased upward by the noise of its bins, hence the basic bootstrap and the limit, as in
+    `margin_quality`.
 
     Args:
         flip_rate: that share.
-        outcomes: S trials on the same test pairs.
+        outcomes: S fits, judged on the same test pairs.
+        groups: prompt of each test pair; pairs of one prompt are resampled together. Length B.
         num_samples: bootstrap resamples.
-        seed: of the bootstrap.
+        seed: of the bootstrap; equal seeds resample alike, so that models differ only by their margins.
     """
-    qualities = [
-        margin_quality(
-            outcome.margin_mean,
-            outcome.margin_variance,
-            temperature=outcome.temperature,
-            num_samples=num_samples,
-            generator=np.random.default_rng(seed),
-        )
-        for outcome in outcomes
-    ]
-    names = ("accuracy", "calibration_error", "brier", "log_likelihood")
-    means = {name: mean_interval([getattr(quality, name) for quality in qualities]) for name in names}
+    logits_SB = np.stack([outcome.logits for outcome in outcomes])
+    stated_SB: Floats = np.exp(-np.logaddexp(0, -logits_SB))
+    resamples = _resamples(groups, num_samples=num_samples, generator=np.random.default_rng(seed))
+    error = _calibration_error(stated_SB)
+    high, low = 2 * error - np.quantile([_calibration_error(stated_SB[:, rows]) for rows in resamples], [0.025, 0.975])
     return NoisyQuality(
         flip_rate=flip_rate,
         quality=MarginQuality(
-            **means, calibration_limit=float(np.mean([quality.calibration_limit for quality in qualities]))
+            accuracy=_mean((logits_SB > 0).mean(0), resamples),
+            calibration_error=Interval(
+                mean=error,
+                low=max(0.0, min(float(low), error)),
+                high=max(float(high), error),
+                num_items=logits_SB.shape[1],
+            ),
+            calibration_limit=_calibration_limit(
+                stated_SB, num_samples=num_samples, generator=np.random.default_rng(seed)
+            ),
+            brier=_mean(np.square(1 - stated_SB).mean(0), resamples),
+            log_likelihood=_mean(-np.logaddexp(0, -logits_SB).mean(0), resamples),
         ),
-        curve=reliability_curve(outcomes[0].preference_prob, num_bins=10),
+        curve=reliability_curve(stated_SB[0], num_bins=10),
     )
 
 
-def mean_interval(intervals: Sequence[Interval]) -> Interval:
-    """Mean of estimates on the same items, and of their ends: as wide as one of them, which one seed would have.
+def _resamples(groups: Sequence[str], *, num_samples: int, generator: np.random.Generator) -> list[NDArray[np.intp]]:
+    """Rows of each resample of whole groups."""
+    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
+    return [
+        np.concatenate([members[group] for group in generator.integers(len(members), size=len(members))])
+        for _ in range(num_samples)
+    ]
 
-    Args:
-        intervals: at least one.
-    """
-    low, mean, high = (float(np.mean([getattr(one, name) for one in intervals])) for name in ("low", "mean", "high"))
-    return Interval(mean=mean, low=low, high=high, num_items=intervals[0].num_items)
+
+def _mean(values_B: Floats, resamples: Sequence[NDArray[np.intp]]) -> Interval:
+    """Mean with its percentile interval over resamples of rows."""
+    low, high = np.quantile([values_B[rows].mean() for rows in resamples], [0.025, 0.975])
+    return Interval(mean=float(values_B.mean()), low=float(low), high=float(high), num_items=len(values_B))
+
+
+def _calibration_error(stated_SB: Floats) -> float:
+    return float(np.mean([expected_calibration_error(stated_B) for stated_B in stated_SB]))
+
+
+def _calibration_limit(stated_SB: Floats, *, num_samples: int, generator: np.random.Generator) -> float:
+    """95 % quantile of the error when pairs are ordered as stated, the luck of a pair being that of all seeds."""
+    drawn = [
+        _calibration_error(np.where(generator.random(stated_SB.shape[1]) < stated_SB, stated_SB, 1 - stated_SB))
+        for _ in range(num_samples)
+    ]
+    return float(np.quantile(drawn, 0.95))
 
 
 def best_of_n_points(
@@ -163,26 +206,47 @@ def best_of_n_points(
     """Proxy and gold of the best of n, n doubling from 1 to N, averaged over seeds, with intervals over prompts.
 
     Args:
-        proxies_SPN: rewards that choose, by each of S trials.
-        gold_PN: what judges.
+        proxies_SPN: rewards that choose, by each of S fits.
+        gold_PN: what judges, minus the cost.
         num_samples: bootstrap resamples.
         seed: of the bootstrap.
     """
     num_candidates = gold_PN.shape[1]
-    gold_PN = _standardised(gold_PN)
-    proxies = [_standardised(proxy) for proxy in proxies_SPN]
-    sizes = [2**power for power in range(num_candidates.bit_length()) if 2**power <= num_candidates]
+    units = [_within_prompts(proxy) for proxy in proxies_SPN]
     points = []
-    for n in sizes:
-        weights = [selection_weights(proxy, n) for proxy in proxies]
-        proxy_P = np.mean([(w * proxy).sum(1) for w, proxy in zip(weights, proxies, strict=True)], axis=0)
-        gold_P = np.mean([(w * gold_PN).sum(1) for w in weights], axis=0)
-        proxy_mean, gold_mean = (
+    for n in sizes_up_to(num_candidates):
+        weights = [selection_weights(proxy, n) for proxy in proxies_SPN]
+        proxy_P = np.mean([(w * proxy).sum(1) for w, proxy in zip(weights, units, strict=True)], axis=0)
+        gold_P = gold_gain(proxies_SPN, gold_PN, n)
+        unsafe_P = np.mean([(w * (gold_PN < 0)).sum(1) for w in weights], axis=0)
+        proxy, gold, gap, unsafe = (
             bootstrap_mean(values, num_samples=num_samples, generator=np.random.default_rng(seed))
-            for values in (proxy_P, gold_P)
+            for values in (proxy_P, gold_P, proxy_P - gold_P, unsafe_P)
         )
-        points.append(OptimisedPoint(label=f"n={n}", kl=kl_bound(n), proxy=proxy_mean, gold=gold_mean))
+        points.append(OptimisedPoint(step=n, kl=kl_bound(n), proxy=proxy, gold=gold, gap=gap, unsafe=unsafe))
     return tuple(points)
+
+
+def gold_gain(proxies_SPN: Sequence[Floats], gold_PN: Floats, n: int) -> Floats:
+    """Gain in gold of the best of n by each proxy over the mean answer, averaged over seeds.
+
+    Args:
+        proxies_SPN: rewards that choose, by each of S fits.
+        gold_PN: what judges.
+        n: answers chosen from, at most N.
+
+    Returns:
+        In standard deviations between answers to a prompt. Shape (P,).
+    """
+    unit_PN = _within_prompts(gold_PN)
+    gains_SP = [(selection_weights(proxy, n) * unit_PN).sum(1) for proxy in proxies_SPN]
+    return np.asarray(np.mean(gains_SP, axis=0))
+
+
+def sizes_up_to(num_candidates: int) -> list[int]:
+    """1, 2, 4, ... and N itself."""
+    sizes = [2**power for power in range(num_candidates.bit_length())]
+    return sizes if sizes[-1] == num_candidates else [*sizes, num_candidates]
 
 
 def round_points(
@@ -190,7 +254,8 @@ def round_points(
 ) -> tuple[OptimisedPoint, ...]:
     """Proxy and gold over the rounds of trainings that differ in their seed, with intervals over all their prompts.
 
-    Units are standard deviations of prompt means in the first round, which the untrained policy answered.
+    Gains are over the first round, which the untrained policy answered. Rounds have other prompts, so both rounds'
+    prompts are resampled, each on their own.
 
     Args:
         trainings: S trainings of as many rounds; none gives no point.
@@ -199,43 +264,81 @@ def round_points(
     """
     points = []
     for index, rounds in enumerate(zip(*trainings, strict=True)):
-        ends = {
-            name: bootstrap_mean(
-                np.concatenate(
-                    [
-                        _in_units(getattr(own, name), getattr(training[0], name))
-                        for own, training in zip(rounds, trainings, strict=True)
-                    ]
-                ),
-                num_samples=num_samples,
-                generator=np.random.default_rng(seed),
+        rewards: dict[str, list[Floats]] = {"proxy": [], "gold": []}  # of this round's prompts and of the first's
+        for name, both in rewards.items():
+            scales = [_spread_within(getattr(training[0], name)) for training in trainings]
+            both += [
+                np.concatenate([getattr(one, name).mean(1) / scale for one, scale in zip(ends, scales, strict=True)])
+                for ends in (rounds, [training[0] for training in trainings])
+            ]
+        rewards["gap"] = [proxy - gold for proxy, gold in zip(rewards["proxy"], rewards["gold"], strict=True)]
+        unsafe_P = np.concatenate([(own.gold < 0).mean(1) for own in rounds])
+        points.append(
+            OptimisedPoint(
+                step=index + 1,
+                kl=float(np.mean([own.kl for own in rounds])),
+                unsafe=bootstrap_mean(unsafe_P, num_samples=num_samples, generator=np.random.default_rng(seed)),
+                **{
+                    name: _gain(now, first, is_first=index == 0, num_samples=num_samples, seed=seed)
+                    for name, (now, first) in rewards.items()
+                },
             )
-            for name in ("proxy", "gold")
-        }
-        kl = float(np.mean([own.kl for own in rounds]))
-        points.append(OptimisedPoint(label=f"round {index + 1}", kl=kl, **ends))
+        )
     return tuple(points)
 
 
-def unfamiliar(outcomes: Sequence[TrialOutcome]) -> tuple[Unfamiliar, ...]:
-    """How well each signal of a reward finds shuffled answers, averaged over its seeds."""
-    return tuple(
-        Unfamiliar(
-            signal=name,
-            familiar=tuple(outcomes[0].familiar[name].tolist()),
-            shuffled=tuple(outcomes[0].shuffled[name].tolist()),
-            auroc=mean_interval([shift_auroc(one.familiar[name], one.shuffled[name]) for one in outcomes]),
-        )
-        for name in outcomes[0].familiar
+def _gain(now_P: Floats, first_P: Floats, *, is_first: bool, num_samples: int, seed: int) -> Interval:
+    """Difference of the means of two independent sets of prompts; 0 for a set and itself."""
+    if is_first:
+        return Interval(mean=0.0, low=0.0, high=0.0, num_items=len(now_P))
+    generator = np.random.default_rng(seed)
+    now, first = (
+        values[generator.integers(len(values), size=(num_samples, len(values)))].mean(1) for values in (now_P, first_P)
     )
+    low, high = np.quantile(now - first, [0.025, 0.975])
+    return Interval(mean=float(now_P.mean() - first_P.mean()), low=float(low), high=float(high), num_items=len(now_P))
 
 
-def _standardised(values_PN: Floats) -> Floats:
-    return _in_units(values_PN, values_PN)
+def unfamiliar(outcomes: Sequence[FitOutcome], *, num_samples: int, seed: int) -> tuple[Unfamiliar, ...]:
+    """How well each signal of a reward model finds shuffled answers, averaged over its seeds.
+
+    An answer is resampled with its shuffled copy and the others to its prompt.
+
+    Args:
+        outcomes: S fits of it.
+        num_samples: bootstrap resamples.
+        seed: of the bootstrap.
+    """
+    found = []
+    for name, first in outcomes[0].familiar.items():
+        generator = np.random.default_rng(seed)
+        prompts = np.arange(len(first))
+
+        def area(rows: NDArray[np.intp], name: str = name) -> float:
+            return float(
+                np.mean([auroc(one.shuffled[name][rows].ravel(), one.familiar[name][rows].ravel()) for one in outcomes])
+            )
+
+        drawn = [area(generator.integers(len(first), size=len(first))) for _ in range(num_samples)]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        found.append(
+            Unfamiliar(
+                signal=name,
+                familiar=tuple(first.ravel().tolist()),
+                shuffled=tuple(outcomes[0].shuffled[name].ravel().tolist()),
+                auroc=Interval(mean=area(prompts), low=float(low), high=float(high), num_items=first.size),
+            )
+        )
+    return tuple(found)
 
 
-def _in_units(values: Floats, of: Floats) -> Floats:
-    """Distance from the mean of `of` in its standard deviations; 0 where it has none."""
-    spread = of.std()
-    moved: Floats = (values - of.mean()) / (spread if spread > 0 else 1.0)
-    return moved
+def _within_prompts(values_PN: Floats) -> Floats:
+    """Distance from the prompt's mean in standard deviations between answers to a prompt."""
+    centred: Floats = (values_PN - values_PN.mean(1, keepdims=True)) / _spread_within(values_PN)
+    return centred
+
+
+def _spread_within(values_PN: Floats) -> float:
+    """Pooled standard deviation between answers to a prompt; 1 where all are equal."""
+    spread = float(np.sqrt(values_PN.var(axis=1, ddof=1).mean()))
+    return spread if spread > 0 else 1.0

@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
-import torch
 
-from raylign.calibrate_config import Calibration
+from raylign.calibrate_config import Calibration, directory_name
 from raylign.config import RunConfig, check_devices
+from raylign.config_effects import RULE_KEYS
 from raylign.errors import OutputExistsError, RaylignError, ResourceError, TrainingError
 from raylign.evaluation.calibration import (
+    FitOutcome,
     RoundOutcome,
-    TrialOutcome,
     best_of_n_points,
+    gold_gain,
     noisy_quality,
     round_points,
     unfamiliar,
 )
+from raylign.evaluation.metrics import bootstrap_mean
 from raylign.models.loading import model_fingerprint, resolve_model
-from raylign.report.calibrate_data import CalibratedReward, CalibrationResult
-from raylign.rewards.confidence import fit_temperature
-from raylign.rewards.fit import predict
-from raylign.rewards.gaussian import GaussianHeads, share_at_floor
-from raylign.rewards.member_facts import anchor_spread
-from raylign.rewards.posterior import RewardPosterior
-from raylign.runtime.candidates_job import Candidates, harmful_prompts, make_candidates, read_candidates
+from raylign.report.calibrate_data import CalibratedModel, CalibratedReward, CalibrationResult
+from raylign.runtime.candidates_job import harmful_prompts, make_candidates, read_candidates, read_gold
 from raylign.runtime.check import check_packages
 from raylign.runtime.evaluate_job import evaluation_inputs
 from raylign.runtime.features_job import read_features
-from raylign.runtime.pair_states import PairStates, read_states
-from raylign.runtime.phases import digest, renamed
+from raylign.runtime.pair_states import read_states
+from raylign.runtime.phases import digest, renamed, write_json
 from raylign.runtime.pipeline import Phases, actor_options, check_demand, open_phases
-from raylign.runtime.reward_job import Held, head_fitter
-from raylign.runtime.robust import robust_rewards
+from raylign.runtime.progress import progress_bar
+from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, save_outcome
 from raylign.runtime.round_judge import judge_rounds
 
 SHARED = "shared"
 _FIT_TIMEOUT_S = 3600.0
+
+FitKey = tuple[tuple[str, ...], float, int]  # names of rewards that are fitted alike, share of flips, seed
+Rounds = Mapping[str, Sequence[tuple[RoundOutcome, ...]]]  # by name, one training per seed
 
 
 def calibrate(calibration: Calibration) -> CalibrationResult:
     """Fit, judge and optimise every reward; Ray must be initialised.
 
     Everything is written below `<run.storage>/<run.name>`: `shared/` with the phases that all rewards read, and one run
-    directory per trained reward and seed. A killed calibration goes on with run.resume=true.
+    directory per trained reward and seed. A killed calibration goes on with run.resume=true; finished fits are kept.
 
     Raises:
         RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
@@ -60,13 +61,13 @@ def calibrate(calibration: Calibration) -> CalibrationResult:
         check_devices(config)
         check_packages(config)
         check_demand(config)
+    harmful_prompts(base, settings.num_prompts)  # too few are better known before the features than after
     model = resolve_model(base.policy.model)
     shared = open_phases(renamed(base, storage=directory, name=SHARED), model)
     ingest, ingest_facts = shared.ingest()
     features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
-    candidates = _candidates(shared, calibration)
-    states = read_states(read_features(features), max_pairs=base.reward.max_pairs)
-    outcomes = _measure(states, candidates, calibration)
+    answers, answers_digest = _candidates(shared, calibration)
+    fits, facts = _fits(shared, calibration, features, answers, digest([features_digest, answers_digest]))
     rounds: dict[str, list[tuple[RoundOutcome, ...]]] = {}
     for trial in trained:
         phases = open_phases(trial.config, model)
@@ -74,28 +75,43 @@ def calibrate(calibration: Calibration) -> CalibrationResult:
         reward_key = digest([features_digest, reward_facts])
         phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
         rounds.setdefault(trial.name, []).append(judge_rounds(phases))
-    return CalibrationResult(
-        name=base.run.name,
-        rewards=tuple(
-            _collect(name, outcomes, candidates, calibration, rounds.get(name, [])) for name in settings.rewards
-        ),
-        flips=tuple(settings.flips),
-        seeds=tuple(settings.seeds),
-        num_train_pairs=states.split.count("train"),
-        num_valid_pairs=states.split.count("valid"),
-        num_test_pairs=states.split.count("test"),
-        num_prompts=settings.num_prompts,
-        num_candidates=settings.num_candidates,
-    )
+    gold = read_gold(answers, num_prompts=settings.num_prompts)
+    return collect(calibration, {key: load_outcome(path) for key, path in fits.items()}, gold, facts, rounds)
 
 
-def _candidates(shared: Phases, calibration: Calibration) -> Candidates:
-    """Judged answers with states, from the shared run's phase."""
+@dataclass(frozen=True, kw_only=True)
+class WrittenCalibration:
+    """What `write_calibration` leaves.
+
+    Attributes:
+        html: path of the self-contained report; `calibration.json` lies beside it.
+        text: the tables for a terminal.
+    """
+
+    html: Path
+    text: str
+
+
+def write_calibration(calibration: Calibration, result: CalibrationResult) -> WrittenCalibration:
+    """Write `calibration.html` and `calibration.json` into the calibration's directory."""
+    from raylign.report.calibrate_data import calibration_json
+    from raylign.report.calibrate_html import render_calibration
+    from raylign.report.calibrate_text import calibration_text
+
+    html = calibration.directory / "calibration.html"
+    html.write_text(render_calibration(result), encoding="utf-8")
+    write_json(calibration.directory / "calibration.json", calibration_json(result))
+    return WrittenCalibration(html=html, text=calibration_text(result))
+
+
+def _candidates(shared: Phases, calibration: Calibration) -> tuple[Path, str]:
+    """Directory of judged answers with states, and what they were made of, from the shared run's phase."""
     config, settings = shared.config, calibration.calibrate
     prompts = harmful_prompts(config, settings.num_prompts)
     key = {
         "model": model_fingerprint(shared.model),
         "layers": shared.layers,
+        "dtype": [config.policy.dtype, config.features.dtype, config.features.gpus_per_actor > 0],
         **evaluation_inputs(config.evaluate),
         "max_new_tokens": config.evaluate.max_new_tokens,
         "num_prompts": settings.num_prompts,
@@ -115,137 +131,202 @@ def _candidates(shared: Phases, calibration: Calibration) -> Candidates:
         )
         return {}
 
+    shared.run.devices = {**shared.run.devices, "candidates": shared.run.devices["evaluate"]}
     directory, _ = shared.run.phase("candidates", key, work)
-    return read_candidates(
-        directory / "answers", num_prompts=settings.num_prompts, num_candidates=settings.num_candidates
-    )
+    return directory / "answers", digest(key)
 
 
-Outcomes = dict[tuple[str, float], list[TrialOutcome]]  # by name and share of flips, one per seed
+def _fits(
+    shared: Phases, calibration: Calibration, features: Path, answers: Path, inputs: str
+) -> tuple[dict[FitKey, Path], dict[str, Any]]:
+    """Files with every outcome, and facts of the test pairs, from the shared run's phase.
 
-
-def _measure(states: PairStates, candidates: Candidates, calibration: Calibration) -> Outcomes:
-    """Every reward under every share of flips and every seed, as Ray tasks of one CPU."""
-    shared = ray.put((states, candidates))
-    run = ray.remote(measure_trial).options(num_cpus=1)
-    jobs = {
-        (trial.name, flip, trial.seed): run.remote(shared, trial.config, flip)
-        for flip in calibration.calibrate.flips
-        for trial in calibration.trials
+    The states live in this function alone, so that the driver is rid of them when trainings start.
+    """
+    settings = calibration.calibrate
+    keys: list[FitKey] = [
+        (names, flip, seed) for names in calibration.fits for flip in settings.flips for seed in settings.seeds
+    ]
+    configs = {name: calibration.trial(name, settings.seeds[0]).config for name in settings.rewards}
+    key = {
+        "inputs": inputs,
+        "rewards": {
+            name: {section: getattr(config, section).model_dump() for section in ("reward", "brme", "robust")}
+            for name, config in configs.items()
+        },
+        "flips": settings.flips,
+        "seeds": settings.seeds,
     }
-    outcomes: Outcomes = {}
-    for (name, flip, seed), reference in jobs.items():
-        try:
-            outcome = ray.get(reference, timeout=_FIT_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            raise ResourceError(
-                f"reward {name!r} with {flip:.0%} flips and seed {seed} was not fitted within {_FIT_TIMEOUT_S:g} s: "
-                "another job may hold the CPUs"
-            ) from error
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, RaylignError):
-                raise error.cause from error
-            raise TrainingError(f"fitting reward {name!r}, {flip:.0%} flips, seed {seed}: {error.cause}") from error
-        outcomes.setdefault((name, flip), []).append(outcome)
-    return outcomes
+
+    def path_of(directory: Path, key: FitKey) -> Path:
+        names, flip, seed = key
+        return directory / f"{directory_name(names[0])}-flips{flip:g}-seed{seed}.npz"
+
+    def work(directory: Path) -> dict[str, Any]:
+        states = read_states(read_features(features), max_pairs=calibration.base.reward.max_pairs)
+        candidates = read_candidates(answers, num_prompts=settings.num_prompts, num_candidates=settings.num_candidates)
+        missing = [key for key in keys if not path_of(directory, key).exists()]
+        data = FitData.of(states, candidates)
+        facts = {
+            "num_train_pairs": len(data.groups),
+            "num_valid_pairs": len(data.valid[0]),
+            "test_prompts": states.part("test")[2],
+        }
+        del states, candidates
+        done = _run_fits(data, calibration, missing)
+        for fit, outcome in progress_bar(done, label="fits", total=len(missing)):
+            save_outcome(outcome, path_of(directory, fit))
+        return facts
+
+    shared.run.devices = {**shared.run.devices, "fits": {"cpu": ray.cluster_resources().get("CPU", 0.0)}}
+    directory, facts = shared.run.phase("fits", key, work)
+    return {fit: path_of(directory, fit) for fit in keys}, facts
 
 
-def measure_trial(shared: tuple[PairStates, Candidates], config: RunConfig, flip: float) -> TrialOutcome:
-    """Fit one reward to partly reversed pairs, and apply it to the test pairs and the candidates.
+def _run_fits(data: FitData, calibration: Calibration, fits: Sequence[FitKey]) -> Iterator[tuple[FitKey, FitOutcome]]:
+    """Outcomes of Ray tasks of one CPU, as they finish; what is left is cancelled when one fails."""
+    memory = _check_memory(data.fit_bytes)
+    shared = ray.put(data)
+    run = ray.remote(measure_fit).options(num_cpus=1, memory=memory)
+    running = {
+        run.remote(shared, {name: calibration.trial(name, seed).config for name in names}, flip): (names, flip, seed)
+        for names, flip, seed in fits
+    }
+    try:
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=_FIT_TIMEOUT_S)
+            if not done:
+                raise ResourceError(
+                    f"none of {len(running)} fits was done within {_FIT_TIMEOUT_S:g} s: another job may hold the CPUs; "
+                    "continue with run.resume=true"
+                )
+            names, flip, seed = running.pop(done[0])
+            try:
+                yield (names, flip, seed), ray.get(done[0], timeout=_FIT_TIMEOUT_S)
+            except ray.exceptions.RayTaskError as error:
+                where = f"reward {names[0]!r} with {flip:.0%} flips and seed {seed}"
+                if isinstance(error.cause, RaylignError):
+                    error.cause.add_note(f"in {where}")
+                    raise error.cause from error
+                raise TrainingError(f"fitting {where}: {error.cause}") from error
+    finally:
+        for reference in running:
+            ray.cancel(reference)
 
-    Args:
-        shared: states of pairs and of candidates.
-        config: of the reward; its seed is that of the flips too.
-        flip: share of training and validation pairs that are reversed; the same pairs for every reward.
+
+def _check_memory(fit_bytes: int) -> int:
+    """Memory that each fit reserves, so that no more run at once than fit.
+
+    Raises:
+        ResourceError: no node has that much.
     """
-    torch.set_num_threads(1)
-    states, candidates = shared
-    chosen, rejected, groups = states.part("train")
-    train = reversed_pairs(chosen, rejected, share=flip, seed=config.run.seed)
-    valid = reversed_pairs(*states.part("valid")[:2], share=flip, seed=config.run.seed + 1)
-    start = time.monotonic()
-    head = head_fitter(train, groups, valid, config)(torch.arange(len(groups)))
-    seconds = time.monotonic() - start
-    temperature = fit_temperature(Held.of(head, *valid).margin)
-    test = Held.of(head, *states.part("test")[:2])
-    of_candidates = predict(head, candidates.states)
-    answers = torch.cat([test.chosen.head_rewards, test.rejected.head_rewards])
-    scales = test.chosen.head_scales
-    margin = test.margin
-    return TrialOutcome(
-        num_heads=head.num_heads,
-        margin_mean=margin.mean.double().numpy(),
-        margin_variance=margin.variance.double().numpy(),
-        preference_prob=margin.preference_prob(temperature).double().numpy(),
-        temperature=temperature,
-        proxy=robust_rewards(of_candidates, config.robust).double().numpy().reshape(candidates.gold.shape),
-        familiar=_signals(predict(head, candidates.familiar)),
-        shuffled=_signals(predict(head, candidates.shuffled)),
-        floor_share=float(share_at_floor(scales, head.sigma_floor).mean())
-        if scales is not None and isinstance(head, GaussianHeads)
-        else None,
-        anchor_spread=anchor_spread(answers) if head.num_heads > 1 else None,
-        seconds=seconds,
-    )
+    largest = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if fit_bytes > largest:
+        raise ResourceError(
+            f"one fit needs about {fit_bytes / 2**30:.1f} GiB for the states of its pairs, the largest node has "
+            f"{largest / 2**30:.1f} GiB: lower reward.max_pairs or features.layers"
+        )
+    return fit_bytes
 
 
-def reversed_pairs(
-    chosen: torch.Tensor, rejected: torch.Tensor, *, share: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs with the order of exactly round(share x N) of them reversed, chosen by the seed.
-
-    Args:
-        chosen: (N, L, D).
-        rejected: likewise.
-        share: in [0, 1].
-        seed: pairs reversed at a smaller share are reversed at a larger one too.
-    """
-    num_pairs = len(chosen)
-    order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed))
-    is_reversed = torch.zeros(num_pairs, dtype=torch.bool)
-    is_reversed[order[: round(share * num_pairs)]] = True
-    mask = is_reversed[:, None, None]
-    return torch.where(mask, rejected, chosen), torch.where(mask, chosen, rejected)
-
-
-def _signals(belief: RewardPosterior) -> dict[str, Any]:
-    """What may tell unfamiliar input, higher the stranger."""
-    found: dict[str, Any] = {}
-    if belief.num_heads > 1:
-        found["disagreement"] = belief.disagreement.double().numpy()
-    if belief.head_scales is not None:
-        found["least sigma"] = belief.head_scales.double().amin(-1).numpy()
-    return found
-
-
-def _collect(
-    name: str,
-    outcomes: Outcomes,
-    candidates: Candidates,
+def collect(
     calibration: Calibration,
-    rounds: list[tuple[RoundOutcome, ...]],
-) -> CalibratedReward:
-    settings, samples = calibration.calibrate, calibration.base.evaluate.bootstrap_samples
-    config = calibration.trial(name, settings.seeds[0]).config
-    by_flips = [outcomes[name, flip] for flip in settings.flips]
-    clean, seed = by_flips[0], calibration.base.run.seed
-    every = [outcome for group in by_flips for outcome in group]
-    return CalibratedReward(
-        name=name,
-        kind=config.reward.kind,
-        num_heads=clean[0].num_heads,
-        rule=config.robust.rule,
-        by_flips=tuple(
-            noisy_quality(flip, group, num_samples=samples, seed=seed)
-            for flip, group in zip(settings.flips, by_flips, strict=True)
+    outcomes: Mapping[FitKey, FitOutcome],
+    gold: np.ndarray,
+    facts: Mapping[str, Any],
+    rounds: Rounds,
+) -> CalibrationResult:
+    """What the report shows.
+
+    Args:
+        calibration: names, seeds, flips.
+        outcomes: of every fit.
+        gold: (P, N) of the candidates.
+        facts: `num_train_pairs`, `num_valid_pairs` and `test_prompts`, the prompt of each test pair.
+        rounds: of the trained rewards.
+    """
+    base, settings = calibration.base, calibration.calibrate
+    samples, seed = base.evaluate.bootstrap_samples, base.run.seed
+    fitted = {
+        (names, flip): [outcomes[names, flip, seed] for seed in settings.seeds]
+        for names in calibration.fits
+        for flip in settings.flips
+    }
+    models = []
+    for names in calibration.fits:
+        config = calibration.trial(names[0], settings.seeds[0]).config
+        by_flips = [fitted[names, flip] for flip in settings.flips]
+        every = [outcome for group in by_flips for outcome in group]
+        models.append(
+            CalibratedModel(
+                rewards=names,
+                kind=config.reward.kind,
+                loss=config.brme.loss if config.reward.kind == "brme" else None,
+                num_heads=every[0].num_heads,
+                by_flips=tuple(
+                    noisy_quality(flip, group, facts["test_prompts"], num_samples=samples, seed=seed)
+                    for flip, group in zip(settings.flips, by_flips, strict=True)
+                ),
+                signals=unfamiliar(by_flips[0], num_samples=samples, seed=seed),
+                floor_share=max((o.floor_share for o in every if o.floor_share is not None), default=None),
+                anchor_spread=max((o.anchor_spread for o in every if o.anchor_spread is not None), default=None),
+                fit_s=sum(outcome.seconds for outcome in every) / len(every),
+                warnings=tuple(dict.fromkeys(warning for outcome in every for warning in outcome.warnings)),
+            )
+        )
+    model_of = {name: index for index, names in enumerate(calibration.fits) for name in names}
+    proxies = {
+        name: [[o.proxies[name] for o in fitted[calibration.fits[model_of[name]], flip]] for flip in settings.flips]
+        for name in settings.rewards
+    }
+    first, num_candidates = next(iter(settings.rewards)), gold.shape[1]
+
+    def against_first(name: str, flip: int) -> Any:
+        mine, other = (gold_gain(proxies[one][flip], gold, num_candidates) for one in (name, first))
+        return bootstrap_mean(mine - other, num_samples=samples, generator=np.random.default_rng(seed))
+
+    return CalibrationResult(
+        name=base.run.name,
+        judge=base.evaluate.judge,
+        policy=base.policy.model,
+        data=base.data.path,
+        models=tuple(models),
+        rewards=tuple(
+            CalibratedReward(
+                name=name,
+                model=model_of[name],
+                rule=_rule(calibration.trial(name, settings.seeds[0]).config),
+                w_nominal=_w_nominal(calibration.trial(name, settings.seeds[0]).config),
+                best_of_n=tuple(best_of_n_points(one, gold, num_samples=samples, seed=seed) for one in proxies[name]),
+                against_first=tuple(against_first(name, flip) for flip in range(len(settings.flips)))
+                if name != first
+                else (),
+                policy_gradient=round_points(rounds.get(name, ()), num_samples=samples, seed=seed),
+            )
+            for name in settings.rewards
         ),
-        best_of_n=tuple(
-            best_of_n_points([outcome.proxy for outcome in group], candidates.gold, num_samples=samples, seed=seed)
-            for group in by_flips
-        ),
-        policy_gradient=round_points(rounds, num_samples=samples, seed=seed),
-        signals=unfamiliar(clean),
-        floor_share=clean[0].floor_share,
-        anchor_spread=clean[0].anchor_spread,
-        fit_s=sum(outcome.seconds for outcome in every) / len(every),
+        flips=tuple(settings.flips),
+        seeds=tuple(settings.seeds),
+        num_train_pairs=facts["num_train_pairs"],
+        num_valid_pairs=facts["num_valid_pairs"],
+        num_test_pairs=len(facts["test_prompts"]),
+        num_prompts=settings.num_prompts,
+        num_candidates=settings.num_candidates,
     )
+
+
+def _rule(config: RunConfig) -> str:
+    """The rule over members with what turns it, for people; "" for a single reward."""
+    robust = config.robust
+    if config.reward.kind == "hybrid":
+        return ""
+    parts: list[str] = [robust.rule]
+    if robust.rule in RULE_KEYS:
+        parts.append(f"{RULE_KEYS[robust.rule]}={getattr(robust, RULE_KEYS[robust.rule]):g}")
+    if robust.set_type == "heads_global" and robust.rule in ("min", "brme"):
+        parts.append("over heads_global")
+    return ", ".join(parts)
+
+
+def _w_nominal(config: RunConfig) -> float | None:
+    return config.robust.w_nominal if config.reward.kind == "brme" and config.robust.rule == "brme" else None

@@ -5,6 +5,7 @@ They are made once; every reward model, rule, seed and n then costs a product of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +37,16 @@ class Candidates:
     """N answers to each of P prompts.
 
     Attributes:
-        gold: (P, N) minus the judge's cost, logits; above 0 safe. No reward is fitted to it.
-        states: (P * N, L, D) of the reference at the end of the answer, prompts in a row, float16.
+        gold: (P, N) minus the judge's cost, logits; below 0 unsafe. No reward is fitted to it.
+        states: (P * N, L, D) of the reference at the end of the answer, the answers to a prompt in a row.
         familiar: (P * S, L, D) states of the first S answers of each prompt.
         shuffled: (P * S, L, D) states of the same answers with their words in a random order.
     """
 
     gold: np.ndarray
-    states: torch.Tensor
-    familiar: torch.Tensor
-    shuffled: torch.Tensor
+    states: np.ndarray
+    familiar: np.ndarray
+    shuffled: np.ndarray
 
 
 class CandidateMaker:
@@ -106,26 +107,31 @@ class CandidateMaker:
         with measured(self._options.ledger, "judge", self._options.devices) as entry:
             entry.add(num_items=len(answers))
             costs = self._judge.cost([prompts[answer.prompt_index].text for answer in answers], texts)
-        rng = np.random.default_rng([seed, *batch["index"].tolist()])
-        prompt_ids = [answer.prompt_ids for answer in answers]
+        index = [int(batch["index"][answer.prompt_index]) for answer in answers]
         first = [row for row, answer in enumerate(answers) if answer.sample_index < NUM_SHUFFLED]
-        shuffled = [" ".join(rng.permutation(texts[row].split())) for row in first]
-        with measured(self._options.ledger, "score", self._options.devices):
-            states = self._states(prompt_ids, texts)
-            strange = states.copy()
-            strange[first] = self._states([prompt_ids[row] for row in first], shuffled)
+        # a generator per answer, so that the order does not depend on how prompts are batched
+        shuffled = [
+            " ".join(
+                np.random.default_rng([seed, index[row], answers[row].sample_index]).permutation(texts[row].split())
+            )
+            for row in first
+        ]
+        rows = [*range(len(answers)), *first]
+        with measured(self._options.ledger, "score", self._options.devices) as entry:
+            entry.add(num_items=len(rows))
+            states = self._states([answers[row].prompt_ids for row in rows], [*texts, *shuffled])
         columns = {
-            "prompt_index": [int(batch["index"][answer.prompt_index]) for answer in answers],
-            "sample_index": [answer.sample_index for answer in answers],
-            "response": texts,
-            "gold": -costs.astype(np.float64),
+            "prompt_index": [index[row] for row in rows],
+            "sample_index": [answers[row].sample_index for row in rows],
+            "is_shuffled": [False] * len(answers) + [True] * len(first),
+            "response": [*texts, *shuffled],
+            "gold": np.concatenate([-costs.astype(np.float64), np.full(len(first), np.nan)]),  # shuffled: not judged
             "states": states_to_column(states),
-            "shuffled": states_to_column(strange),
         }
         return pa.table(columns)
 
     def _states(self, prompt_ids: Sequence[Sequence[int]], texts: Sequence[str]) -> np.ndarray:
-        """(n, L, D) float16 states at the end token that closes each answer."""
+        """(n, L, D) states at the end token that closes each answer, as wide as those of the pairs."""
         end_id = end_of_response_id(self._tokenizer)
         ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         states = score_responses(
@@ -137,8 +143,7 @@ class CandidateMaker:
             layers=self._layers,
         ).states
         assert states is not None
-        half: np.ndarray = states.half().numpy()
-        return half
+        return states.numpy().astype(self._config.features.dtype)
 
 
 def harmful_prompts(config: RunConfig, num: int) -> list[EvaluationPrompt]:
@@ -166,9 +171,10 @@ def make_candidates(
     options: ActorOptions,
     output_dir: Path,
 ) -> None:
-    """Write the judged answers and their states as parquet files."""
+    """Write the judged answers and their states as parquet files, in place of what a killed session left."""
     from ray.data import ActorPoolStrategy, from_items
 
+    shutil.rmtree(output_dir, ignore_errors=True)
     rows = [{"index": index} for index in range(len(prompts))]
     made = from_items(rows, override_num_blocks=min(len(rows), 2 * options.num_actors)).map_batches(
         CandidateMaker,
@@ -194,17 +200,30 @@ def read_candidates(directory: Path, *, num_prompts: int, num_candidates: int) -
     Raises:
         CacheMismatchError: answers are missing.
     """
-    table = pq.read_table(directory).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
-    if table.num_rows != num_prompts * num_candidates:
+    order = [("prompt_index", "ascending"), ("sample_index", "ascending")]
+    parts = [
+        pq.read_table(directory, filters=[("is_shuffled", "=", is_shuffled)]).sort_by(order)
+        for is_shuffled in (False, True)
+    ]
+    answers = parts[0]
+    if answers.num_rows != num_prompts * num_candidates:
         raise CacheMismatchError(
-            f"{directory} holds {table.num_rows} answers for {num_prompts} prompts with {num_candidates} each; delete "
-            "the phase and run again"
+            f"{directory} holds {answers.num_rows} answers, expected {num_prompts} prompts with {num_candidates} each; "
+            f"remove {directory.parent} and run again with run.resume=true"
         )
-    states, strange = (torch.from_numpy(states_from_column(table[name]).copy()) for name in ("states", "shuffled"))
-    first = table["sample_index"].to_numpy() < NUM_SHUFFLED
+    states, strange = (states_from_column(part["states"]) for part in parts)
     return Candidates(
-        gold=table["gold"].to_numpy().reshape(num_prompts, num_candidates),
+        gold=read_gold(directory, num_prompts=num_prompts),
         states=states,
-        familiar=states[first],
-        shuffled=strange[first],
+        familiar=states[answers["sample_index"].to_numpy() < NUM_SHUFFLED],
+        shuffled=strange,
     )
+
+
+def read_gold(directory: Path, *, num_prompts: int) -> np.ndarray:
+    """Gold of the answers alone, (P, N)."""
+    columns = ["prompt_index", "sample_index", "gold"]
+    table = pq.read_table(directory, columns=columns, filters=[("is_shuffled", "=", False)])
+    order = [("prompt_index", "ascending"), ("sample_index", "ascending")]
+    gold: np.ndarray = table.sort_by(order)["gold"].to_numpy().reshape(num_prompts, -1)
+    return gold

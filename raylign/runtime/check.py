@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raylign.calibrate_config import Calibration
 from raylign.config import EMBEDDED, RunConfig, check_devices
 from raylign.errors import MissingDependencyError, ModelError
 from raylign.runtime.phases import versions
@@ -62,6 +63,35 @@ def check_config(config: RunConfig) -> list[str]:
         f"method   {method_name(config)}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
         *([f"sampler  {sampler}"] if config.train.method != "offline" else []),
     ]
+
+
+def check_calibration(calibration: Calibration) -> list[str]:
+    """Check what a calibration names, as `check_config` does, and its prompts.
+
+    Returns:
+        One line per thing looked at, and one per reward.
+
+    Raises:
+        RaylignError: the first thing that cannot work, with its cure.
+    """
+    from raylign.runtime.candidates_job import harmful_prompts
+
+    settings, seed = calibration.calibrate, calibration.calibrate.seeds[0]
+    lines = [line for line in check_config(calibration.base) if not line.startswith("method ")]
+    harmful_prompts(calibration.base, settings.num_prompts)
+    for name in settings.trained:
+        check_devices(calibration.trial(name, seed).config)
+    fits = len(calibration.fits) * len(settings.flips) * len(settings.seeds)
+    trainings = len(settings.trained) * len(settings.seeds)
+    lines.append(
+        f"fits     {len(calibration.fits)} models x {len(settings.flips)} shares of flips x {len(settings.seeds)} "
+        f"seeds = {fits}, and {trainings} trainings"
+    )
+    for name in settings.rewards:
+        config = calibration.trial(name, seed).config
+        rule = "" if config.reward.kind == "hybrid" else f", rule {config.robust.rule}"
+        lines.append(f"reward   {name}: {config.reward.kind}{rule}{', trained' if name in settings.trained else ''}")
+    return lines
 
 
 def check_packages(config: RunConfig) -> None:

@@ -62,7 +62,7 @@ def test_check_of_the_embedded_default_passes():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load_by_bare_name(path):
-    command = "check" if path.name.startswith("compare") else "align"
+    command = "check" if path.name.startswith(("compare", "calibrate")) else "align"
     result = run(command, "--config", path.name, "--print-config")
     assert result.exit_code == 0, result.output
     for document in yaml.safe_load_all(result.output):
@@ -85,7 +85,7 @@ def test_align_refuses_a_directory_in_use(tmp_path):
     assert "run.resume=true" in result.output
 
 
-@pytest.mark.parametrize("verb", ["align", "compare", "check", "data", "evaluate", "env", "assets"])
+@pytest.mark.parametrize("verb", ["align", "compare", "calibrate", "check", "data", "evaluate", "env", "assets"])
 def test_every_verb_has_help(verb):
     result = run(verb, "--help")
     assert result.exit_code == 0
