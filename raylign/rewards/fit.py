@@ -9,6 +9,7 @@ Shape letters: N pairs, B pairs of a batch, M members, L layers, D hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -46,13 +47,13 @@ class FitEpoch:
         epoch: passes over the training pairs so far.
         train_loss: mean over the epoch's batches in nats, nan at epoch 0. Shape (M,).
         valid_loss: mean loss of the validation pairs in nats. Shape (M,).
-        valid_pair_accuracy: share of validation pairs with r(chosen) > r(rejected). Shape (M,).
+        valid_accuracy: share of validation pairs with r(chosen) > r(rejected); of costs, see `fit_cost`. Shape (M,).
     """
 
     epoch: int
     train_loss: torch.Tensor
     valid_loss: torch.Tensor
-    valid_pair_accuracy: torch.Tensor
+    valid_accuracy: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +156,11 @@ def fit_hybrid(
 
     Source: arXiv:2503.10093; settings of docs/math.md rather than of the released code.
     """
+    check_pairs(chosen, rejected)
     check_pairs(valid_chosen, valid_rejected)
     num_pairs, num_layers, width = chosen.shape
     order = torch.Generator().manual_seed(seed)
-    starts = [order, *(_member_generator(seed, -member) for member in range(1, num_heads))]
-    head = HybridReward(num_layers, width, generators=starts).to(chosen.device)
+    head = start_members(num_layers, width, order=order, seed=seed, num_heads=num_heads).to(chosen.device)
     head.layer_mean, head.layer_rms = fit_normalizer(chosen, rejected)
     weights = None if weights is None else weights.to(chosen.device)
     with torch.no_grad():
@@ -167,50 +168,114 @@ def fit_hybrid(
         head.probe_weight.copy_(ridge_probes(chosen, rejected, **normal, ridge=ridge, weights=weights))
     head.probe_weight.requires_grad_(train_probes)
     head.probe_bias.requires_grad_(train_probes)
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, foreach=False)
-    # A member's mean weight instead of the batch's keeps its steps unbiased however the batches are cut.
-    scaled = None if weights is None else weights / weights.mean(0)
 
     def pair_losses(chosen_reward: torch.Tensor, rejected_reward: torch.Tensor) -> torch.Tensor:
         ordered = margin_loss(chosen_reward, rejected_reward, margin_target=margin_target)
         return ordered + bce_weight * anchor_loss(chosen_reward, rejected_reward)
 
-    def validated(epoch: int, train_loss_M: torch.Tensor) -> FitEpoch:
-        chosen_NM, rejected_NM = (predict(head, part).head_rewards for part in (valid_chosen, valid_rejected))
-        return FitEpoch(
-            epoch=epoch,
-            train_loss=train_loss_M,
-            valid_loss=pair_losses(chosen_NM, rejected_NM).mean(0),
-            valid_pair_accuracy=(chosen_NM > rejected_NM).double().mean(0),
-        )
+    def batch_losses(rows: torch.Tensor) -> torch.Tensor:
+        return pair_losses(*head.head_rewards(torch.cat([chosen[rows], rejected[rows]])).chunk(2))
 
-    best = validated(0, torch.full((num_heads,), float("nan")))
+    def validated() -> tuple[torch.Tensor, torch.Tensor]:
+        chosen_NM, rejected_NM = (predict(head, part).head_rewards for part in (valid_chosen, valid_rejected))
+        return pair_losses(chosen_NM, rejected_NM).mean(0), (chosen_NM > rejected_NM).double().mean(0)
+
+    fit = train_members(
+        head,
+        num_rows=num_pairs,
+        batch_losses=batch_losses,
+        validated=validated,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        order=order,
+        weights=weights,
+        is_better=_has_higher_accuracy,
+    )
+    if is_standardized:
+        standardize(head, torch.cat([valid_chosen, valid_rejected]))
+    return fit
+
+
+def train_members(
+    head: HybridReward,
+    *,
+    num_rows: int,
+    batch_losses: Callable[[torch.Tensor], torch.Tensor],
+    validated: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    order: torch.Generator,
+    weights: torch.Tensor | None,
+    is_better: Callable[[FitEpoch, FitEpoch], torch.Tensor],
+) -> HybridFit:
+    """Mini-batch AdamW from where the members stand; each keeps the parameters of its best epoch.
+
+    Args:
+        head: members at their start; trained in place and frozen. Parameters without gradient stay as they are.
+        num_rows: N, what one epoch passes over.
+        batch_losses: losses of the rows at given positions, (B,) int64, by each member. Shape (B, M).
+        validated: validation loss and accuracy of each member as it stands. Shape (M,) each.
+        epochs: passes over the rows.
+        batch_size: rows of one step.
+        learning_rate: AdamW step, constant.
+        weight_decay: decoupled decay of all parameters.
+        order: of the rows, the same for all members.
+        weights: of `member_weights`; None counts all rows alike. Shape (N, M).
+        is_better: members whose epoch (first) is better than their best so far (second). Shape (M,), bool.
+    """
+    num_heads, device = head.num_heads, head.probe_weight.device
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, foreach=False)
+    # A member's mean weight instead of the batch's keeps its steps unbiased however the batches are cut.
+    scaled = None if weights is None else weights / weights.mean(0)
+
+    def record_of(epoch: int, train_loss_M: torch.Tensor) -> FitEpoch:
+        valid_loss_M, valid_accuracy_M = validated()
+        return FitEpoch(epoch=epoch, train_loss=train_loss_M, valid_loss=valid_loss_M, valid_accuracy=valid_accuracy_M)
+
+    best = record_of(0, torch.full((num_heads,), float("nan")))
     history = [best]
     best_epoch_M = torch.zeros(num_heads, dtype=torch.int64)
     best_state = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
     for epoch in range(1, epochs + 1):
-        order_N = torch.randperm(num_pairs, generator=order).to(chosen.device)
+        order_N = torch.randperm(num_rows, generator=order).to(device)
         losses = []
         for batch in torch.split(order_N, batch_size):
-            chosen_BM, rejected_BM = head.head_rewards(torch.cat([chosen[batch], rejected[batch]])).chunk(2)
-            losses_BM = pair_losses(chosen_BM, rejected_BM)
+            losses_BM = batch_losses(batch)
             loss_M = (losses_BM if scaled is None else losses_BM * scaled[batch]).mean(0)
             optimizer.zero_grad()
             loss_M.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss_M.detach())
-        record = validated(epoch, torch.stack(losses).mean(0))
+        record = record_of(epoch, torch.stack(losses).mean(0))
         history.append(record)
-        is_better_M = _is_better(record, best)
+        is_better_M = is_better(record, best)
         best = _keep(best, record, is_better_M)
         best_epoch_M[is_better_M.cpu()] = epoch
         for name, parameter in head.named_parameters():
             best_state[name][is_better_M] = parameter.detach()[is_better_M]
     head.load_state_dict(best_state, strict=False)
-    if is_standardized:
-        standardize(head, torch.cat([valid_chosen, valid_rejected]))
     return HybridFit(head=head.requires_grad_(False), best_epochs=tuple(best_epoch_M.tolist()), history=tuple(history))
+
+
+def start_members(
+    num_layers: int, hidden_size: int, *, order: torch.Generator, seed: int, num_heads: int
+) -> HybridReward:
+    """M members with a random start of their own; that of a member does not depend on M.
+
+    Args:
+        num_layers: L.
+        hidden_size: D.
+        order: the stream of the fit, from which member 0 starts.
+        seed: of the streams of the others.
+        num_heads: M.
+    """
+    starts = [order, *(_member_generator(seed, -member) for member in range(1, num_heads))]
+    return HybridReward(num_layers, hidden_size, generators=starts)
 
 
 def predict(head: RewardHead, features: torch.Tensor) -> RewardPosterior:
@@ -227,10 +292,10 @@ def predict(head: RewardHead, features: torch.Tensor) -> RewardPosterior:
         return concat_posteriors([head(block) for block in torch.split(features, _EVAL_PAIRS)])
 
 
-def _is_better(record: FitEpoch, best: FitEpoch) -> torch.Tensor:
+def _has_higher_accuracy(record: FitEpoch, best: FitEpoch) -> torch.Tensor:
     """Members with a higher validation pair accuracy, or the same and a lower loss. Shape (M,), bool."""
-    higher_M = record.valid_pair_accuracy > best.valid_pair_accuracy
-    tied_M = record.valid_pair_accuracy == best.valid_pair_accuracy
+    higher_M = record.valid_accuracy > best.valid_accuracy
+    tied_M = record.valid_accuracy == best.valid_accuracy
     return higher_M | (tied_M & (record.valid_loss < best.valid_loss))
 
 
@@ -239,7 +304,7 @@ def _keep(best: FitEpoch, record: FitEpoch, is_better_M: torch.Tensor) -> FitEpo
         epoch=record.epoch,
         train_loss=record.train_loss,
         valid_loss=torch.where(is_better_M, record.valid_loss, best.valid_loss),
-        valid_pair_accuracy=torch.where(is_better_M, record.valid_pair_accuracy, best.valid_pair_accuracy),
+        valid_accuracy=torch.where(is_better_M, record.valid_accuracy, best.valid_accuracy),
     )
 
 

@@ -143,8 +143,8 @@ def test_best_epoch_is_chosen_by_accuracy_then_loss_and_its_parameters_are_kept(
     chosen, rejected = simulate(60, 3, 8)
     fit = fitted(chosen, rejected, epochs=6, learning_rate=0.03)
     assert [record.epoch for record in fit.history] == list(range(7))
-    best = max(record.valid_pair_accuracy for record in fit.history)
-    tied = [record for record in fit.history if record.valid_pair_accuracy == best]
+    best = max(record.valid_accuracy for record in fit.history)
+    tied = [record for record in fit.history if record.valid_accuracy == best]
     assert fit.best_epochs[0] == min(tied, key=lambda record: record.valid_loss).epoch
     assert 0 < fit.best_epochs[0] < 6  # otherwise this data does not test the choice
     again = fitted(chosen, rejected, epochs=fit.best_epochs[0], learning_rate=0.03)
@@ -162,7 +162,7 @@ def test_tied_accuracy_goes_to_the_lower_loss():
         seed=0,
         **OPTIONS,
     )
-    assert {record.valid_pair_accuracy.item() for record in fit.history} == {1.0}
+    assert {record.valid_accuracy.item() for record in fit.history} == {1.0}
     assert fit.best_epochs[0] == 4 == min(fit.history, key=lambda record: record.valid_loss).epoch
 
 
