@@ -56,8 +56,8 @@ def made_up_outcome(
         "proxies": {name: gold + rng.normal(size=gold.shape) for name in names},
         "familiar": {name: rng.normal(size=(NUM_PROMPTS, 4)) for name in signals},
         "shuffled": {name: rng.normal(shift, size=(NUM_PROMPTS, 4)) for name, shift in signals.items()},
-        "floor_share": 0.1 if has_members else None,
-        "anchor_spread": 0.2 if has_members else None,
+        "floor_share": 0.1 * (1 + seed) if has_members else None,
+        "anchor_spread": 0.2 * (1 + seed) if has_members else None,
         "seconds": 2.0 + seed,
     }
     return FitOutcome(**{**values, **changed})

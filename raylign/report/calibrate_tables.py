@@ -216,8 +216,8 @@ def signal_table(result: CalibrationResult) -> Table | None:
         notes=(
             f"P(the signal is higher on a shuffled answer), {format_share(result.flips[0])} of the labels reversed, "
             f"over {_seeds(result)}; 95 % intervals over prompts. .5 tells nothing apart; below it the signal "
-            "reassures where it should warn. Least sigma is the noise that the most confident head states of its own reward: "
-            "nothing makes it grow away from the data.",
+            "reassures where it should warn. Least sigma is the noise that the most confident head states of its own "
+            "reward: nothing makes it grow away from the data.",
         ),
     )
 

@@ -94,6 +94,6 @@ def _outcome(round_: Round, gold: np.ndarray) -> RoundOutcome:
     groups: Sequence[list[int]] = round_.by_prompt
     return RoundOutcome(
         kl=float(np.mean(ratios)),
-        proxy=np.array([round_.rewards[rows].mean() for rows in groups]),
-        gold=np.array([gold[rows].mean() for rows in groups]),
+        proxy=np.stack([round_.rewards[rows] for rows in groups]).astype(np.float64),
+        gold=np.stack([gold[rows] for rows in groups]),
     )
