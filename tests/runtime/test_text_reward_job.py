@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_texts import save_policy, text_pairs
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raylign.config import PolicySection, RewardModelSection, RewardSection
 from raylign.errors import CheckpointError, DataError, ModelError, TrainingError
@@ -34,48 +35,12 @@ POLICY = PolicySection(dtype="float32")
 
 @pytest.fixture(scope="module")
 def policy_dir(make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_policy(tmp_path_factory.mktemp("policy"), make_tokenizer())
 
 
 @pytest.fixture(scope="module")
 def table(make_tokenizer: Any) -> pa.Table:
-    tokenizer, rng = make_tokenizer(), np.random.default_rng(0)
-    rows = []
-    for index in range(80):
-        prompt, filler = (f"q{rng.integers(1000)}" for _ in range(2))
-        ids = [
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (f"<bos><|user|>{prompt}<|assistant|>", f"{filler} no", f"{filler} yes")
-        ]
-        rows.append(
-            {
-                "row_id": f"r{index:03d}",
-                "prompt_key": f"{index // 2:04x}",
-                "split": ("train", "train", "train", "valid", "test")[(index // 2) % 5],
-                "prompt_ids": ids[0],
-                "chosen_ids": [*ids[1], 2],
-                "rejected_ids": [*ids[2], 2],
-            }
-        )
-    types = {name: pa.list_(pa.int32()) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    table = pa.Table.from_pylist(rows)
-    return table.cast(
-        pa.schema([(name, types.get(name, table.schema.field(name).type)) for name in table.column_names])
-    )
+    return text_pairs(make_tokenizer())
 
 
 def fit(table: pa.Table, policy_dir: Path, output_dir: Path, *, kind: str = "lora_ensemble", **options: Any) -> dict:
