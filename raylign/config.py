@@ -20,6 +20,7 @@ from raylign.config_sections import (
     EMBEDDED,
     BrmeSection,
     ConfidenceSection,
+    ConstraintSection,
     CostSection,
     DataSection,
     EvaluateSection,
@@ -44,6 +45,7 @@ __all__ = [
     "TEXT_REWARDS",
     "BrmeSection",
     "ConfidenceSection",
+    "ConstraintSection",
     "CostSection",
     "DataSection",
     "EvaluateSection",
@@ -88,6 +90,7 @@ class RunConfig(Section):
     online: OnlineSection = OnlineSection()
     sampler: SamplerSection = SamplerSection()
     policy_gradient: PolicyGradientSection = PolicyGradientSection()
+    constraint: ConstraintSection = ConstraintSection()
     evaluate: EvaluateSection = EvaluateSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()

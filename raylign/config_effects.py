@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from raylign.config_sections import (
     BrmeSection,
     ConfidenceSection,
+    ConstraintSection,
     OnlineSection,
     PolicyGradientSection,
     RewardModelSection,
@@ -70,6 +71,23 @@ def check_effects(config: RunConfig) -> None:
     if config.data.valid_fraction + config.data.test_fraction >= 1:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
     _check_reward(config)
+    _check_constraint(config)
+
+
+def _check_constraint(config: RunConfig) -> None:
+    """Refuse a multiplier that could not move."""
+    constraint = config.constraint
+    if constraint.kind in ("none", "fixed_penalty"):
+        return
+    if constraint.multiplier_space == "log" and constraint.multiplier == 0:
+        raise ConfigError(
+            "constraint.multiplier=0 never moves in log space: start above 0, or set constraint.multiplier_space=linear"
+        )
+    if constraint.multiplier > constraint.multiplier_max:
+        raise ConfigError(
+            f"constraint.multiplier={constraint.multiplier:g} is above its cap "
+            f"constraint.multiplier_max={constraint.multiplier_max:g}: lower the one or raise the other"
+        )
 
 
 def _check_reward(config: RunConfig) -> None:
@@ -125,6 +143,7 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     value_keys = ["gae_lambda", "value_learning_rate", "value_clip"]
     reads(has_values, "policy_gradient", value_keys, "set policy_gradient.advantage=gae")
     reads(not has_values, "policy_gradient", ["group_scale"], "set policy_gradient.advantage=group")
+    _add_idle_constraint(config, reads)
     reads(is_offline, "train", ["epochs", "max_steps"], "use online.num_rounds and online.round_epochs")
     on_gpu = config.sampler.gpus_per_engine > 0
     reads(on_gpu, "sampler", ["gpu_memory_utilization"], "set sampler.gpus_per_engine above 0")
@@ -148,6 +167,18 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
     reads(config.cost.prices is not None, "cost", ["currency"], "set cost.prices")
     return idle
+
+
+def _add_idle_constraint(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
+    """Keys of the constraint that the method and its kind do not read."""
+    kind, keys = config.constraint.kind, list(ConstraintSection.model_fields)
+    reads(config.train.method == "policy_gradient", "constraint", keys, "set train.method=policy_gradient")
+    reads(kind != "none", "constraint", keys[1:], "set constraint.kind=rectified")
+    moves = [key for key in keys if key.startswith("multiplier_")]
+    reads(kind != "fixed_penalty", "constraint", moves, "use another constraint.kind than fixed_penalty")
+    reads(kind in ("expected", "rectified_mean"), "constraint", ["threshold"], "set constraint.kind=expected")
+    reads(kind in ("rectified", "split"), "constraint", ["tolerance"], "set constraint.kind=rectified")
+    reads(kind == "split", "constraint", ["split_normalise", "split_reduction"], "set constraint.kind=split")
 
 
 def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
