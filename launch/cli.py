@@ -27,7 +27,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except RaylignError as error:
-            click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            click.secho(f"{type(error).__name__}: {error}{notes}", fg="red", err=True)
             raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylign.evaluation.best_of_n import kl_bound, selection_weights
-from raylign.evaluation.metrics import Floats, auroc, bootstrap_mean, expected_calibration_error
+from raylign.evaluation.metrics import Floats, auroc, bootstrap_mean, expected_calibration_error, wilson_interval
 from raylign.evaluation.uncertainty import MarginQuality, ReliabilityCurve, reliability_curve
 from raylign.types import Interval
 
@@ -219,10 +219,11 @@ def best_of_n_points(
         proxy_P = np.mean([(w * proxy).sum(1) for w, proxy in zip(weights, units, strict=True)], axis=0)
         gold_P = gold_gain(proxies_SPN, gold_PN, n)
         unsafe_P = np.mean([(w * (gold_PN < 0)).sum(1) for w in weights], axis=0)
-        proxy, gold, gap, unsafe = (
+        proxy, gold, gap = (
             bootstrap_mean(values, num_samples=num_samples, generator=np.random.default_rng(seed))
-            for values in (proxy_P, gold_P, proxy_P - gold_P, unsafe_P)
+            for values in (proxy_P, gold_P, proxy_P - gold_P)
         )
+        unsafe = _share(unsafe_P, num_samples=num_samples, seed=seed)
         points.append(OptimisedPoint(step=n, kl=kl_bound(n), proxy=proxy, gold=gold, gap=gap, unsafe=unsafe))
     return tuple(points)
 
@@ -277,7 +278,7 @@ def round_points(
             OptimisedPoint(
                 step=index + 1,
                 kl=float(np.mean([own.kl for own in rounds])),
-                unsafe=bootstrap_mean(unsafe_P, num_samples=num_samples, generator=np.random.default_rng(seed)),
+                unsafe=_share(unsafe_P, num_samples=num_samples, seed=seed),
                 **{
                     name: _gain(now, first, is_first=index == 0, num_samples=num_samples, seed=seed)
                     for name, (now, first) in rewards.items()
@@ -285,6 +286,13 @@ def round_points(
             )
         )
     return tuple(points)
+
+
+def _share(shares_P: Floats, *, num_samples: int, seed: int) -> Interval:
+    """Mean of shares; Wilson's interval where all prompts agree, which leaves the bootstrap without width."""
+    if bool((shares_P == 0).all() or (shares_P == 1).all()):
+        return wilson_interval(int(shares_P.sum()), len(shares_P))
+    return bootstrap_mean(shares_P, num_samples=num_samples, generator=np.random.default_rng(seed))
 
 
 def _gain(now_P: Floats, first_P: Floats, *, is_first: bool, num_samples: int, seed: int) -> Interval:

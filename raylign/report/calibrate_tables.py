@@ -76,9 +76,10 @@ def quality_table(result: CalibrationResult) -> Table:
         rows=tuple(rows),
         notes=(
             f"{result.num_test_pairs:,} test pairs with their labels as they are; means over {_seeds(result)}, 95 % "
-            "intervals over their prompts. A coin: accuracy 50 %, Brier .250, log-likelihood -.693. ECE: mean distance "
-            "between stated probability and share of right orders; limit: what a calibrated model stays below in 95 % "
-            "of samples. Temperatures are fitted to reversed labels too, so models of noisy labels state too little.",
+            "intervals over their prompts, without the spread between seeds. A coin: accuracy 50 %, Brier .250, "
+            "log-likelihood -.693. ECE: mean distance between stated probability and share of right orders; limit: "
+            "what a calibrated model stays below in 95 % of samples. Temperatures are fitted to reversed labels too, "
+            "so models of noisy labels state too little.",
             *calibration_sentences(result),
         ),
     )
@@ -156,7 +157,8 @@ def gap_table(result: CalibrationResult) -> Table:
         rows=tuple(rows),
         notes=(
             "Same unit. Proxy: the reward that chose. Proxy minus gold and gold minus gold are paired by prompt; * the "
-            "interval leaves out 0. Unsafe: share of the chosen answers that the judge calls unsafe.",
+            "interval leaves out 0, not corrected for the number of rewards. Unsafe: share of the chosen answers that "
+            "the judge calls unsafe.",
         ),
     )
 

@@ -129,6 +129,13 @@ def test_gold_as_proxy_has_no_gap_whatever_tells_prompts_apart():
     assert (point.gap.low, point.gap.high) == pytest.approx((0, 0), abs=1e-9)
 
 
+def test_a_share_on_which_all_prompts_agree_keeps_an_interval():
+    safe = np.random.default_rng(6).uniform(0.1, 1, (10, 4))
+    unsafe = best_of_n_points([safe], safe, **SAMPLES)[-1].unsafe
+    assert (unsafe.mean, unsafe.low) == (0, 0)
+    assert unsafe.high == pytest.approx(0.2775, abs=1e-4)  # z^2 / (z^2 + 10)
+
+
 def test_a_proxy_that_is_constant_gains_nothing():
     point = best_of_n_points([np.zeros((4, 8))], np.random.default_rng(0).normal(size=(4, 8)), **SAMPLES)[-1]
     assert (point.proxy.mean, point.gold.mean) == pytest.approx((0, 0))

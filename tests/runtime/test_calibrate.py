@@ -12,13 +12,16 @@ import torch
 from made_up_calibration import NUM_PROMPTS, made_up_calibration, made_up_outcome, made_up_result
 from tiny_rounds import tiny_round
 
-from raylign.errors import DataError, OutputExistsError, ResourceError, TrainingError
+from raylign.errors import CacheMismatchError, DataError, OutputExistsError, ResourceError, TrainingError
 from raylign.evaluation.calibration import FitOutcome
+from raylign.report.calibrate_data import calibration_json
 from raylign.runtime import calibrate as module
 from raylign.runtime import reward_trial
 from raylign.runtime.calibrate import calibrate, write_calibration
 from raylign.runtime.candidates_job import Candidates
 from raylign.runtime.pair_states import PairStates
+from raylign.runtime.phases import Run
+from raylign.runtime.pipeline import Phases
 from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, reversed_pairs, save_outcome
 from raylign.runtime.round_judge import _outcome
 
@@ -144,6 +147,69 @@ def test_outcomes_survive_the_disk(tmp_path):
     assert back.seconds == outcome.seconds
     assert list(back.proxies) == ["brme w=0", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["fit.npz"]
+
+
+def test_a_killed_calibration_fits_what_is_missing(data, calibration, tmp_path, monkeypatch):
+    """Real: phase, files, keys. Faked: the states and the fits, the first of which is followed by a kill."""
+    asked = []
+
+    def run_fits(_, calibration, fits):
+        asked.append(len(fits))
+        for index, (names, flip, seed) in enumerate(fits):
+            if index == 1 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield (names, flip, seed), made_up_outcome(names, data.candidates.gold, seed=seed, flip=flip)
+
+    states = PairStates(
+        chosen=torch.zeros(3, 1, 1),
+        rejected=torch.zeros(3, 1, 1),
+        prompt_key=["a", "b", "c"],
+        split=["train", "valid", "test"],
+    )
+    monkeypatch.setattr(module, "read_features", lambda _: None)
+    monkeypatch.setattr(module, "read_states", lambda *_, **__: states)
+    monkeypatch.setattr(module, "read_candidates", lambda *_, **__: data.candidates)
+    monkeypatch.setattr(module, "_run_fits", run_fits)
+    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    shared = Phases(calibration.base, Run(tmp_path / "shared"), "model")
+    with pytest.raises(KeyboardInterrupt):
+        module._fits(shared, calibration, tmp_path, tmp_path, "inputs")
+    fits, facts = module._fits(shared, calibration, tmp_path, tmp_path, "inputs")
+    assert asked == [12, 11]  # three models, two shares, two seeds
+    assert len({path.name for path in fits.values()}) == 12
+    assert all(path.exists() for path in fits.values())
+    assert facts == {"num_train_pairs": 1, "num_valid_pairs": 1, "test_prompts": ["c"]}
+    module._fits(shared, calibration, tmp_path, tmp_path, "inputs")
+    assert asked == [12, 11]
+    with pytest.raises(CacheMismatchError, match="inputs: was 'inputs', now 'others'"):
+        module._fits(shared, calibration, tmp_path, tmp_path, "others")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_whole_calibration_and_its_resume(ray_cluster, tmp_path):
+    """On the embedded model and data; about 40 seconds."""
+    small = {
+        "data": {"max_pairs": 240},
+        "evaluate": {"max_new_tokens": 8, "bootstrap_samples": 100},
+        "reward": REWARD,
+        "calibrate": {
+            "rewards": {name: FAST["rewards"][name] for name in ("single", "mean", "min")},
+            "num_prompts": 4,
+            "num_candidates": 5,
+        },
+    }
+    calibration = made_up_calibration(tmp_path, **small)
+    first = calibrate(calibration)
+    assert [(model.rewards, model.num_heads) for model in first.models] == [(("single",), 1), (("mean", "min"), 3)]
+    assert [point.step for point in first.rewards[1].best_of_n[0]] == [1, 2, 4, 5]
+    assert first.num_train_pairs + first.num_valid_pairs + first.num_test_pairs == 240
+    assert len(first.models[1].signals[0].familiar) == 16
+    with pytest.raises(OutputExistsError):
+        calibrate(calibration)
+    again = calibrate(made_up_calibration(tmp_path, **small, run={"resume": True}))
+    assert calibration_json(again) == calibration_json(first)
+    assert "Held-out pairs" in write_calibration(calibration, first).text
 
 
 @pytest.mark.ray
