@@ -14,7 +14,7 @@ from launch.asset_corpus import Messages, hash_share
 from launch.asset_tokens import document_rows
 from raylign.errors import DataError
 from raylign.evaluation.generation import generate_responses
-from raylign.evaluation.metrics import auroc
+from raylign.evaluation.metrics import auroc, binary_calibration_error
 from raylign.evaluation.prompts import EvaluationPrompt
 from raylign.evaluation.refusal import is_refusal
 from raylign.training.classifier import predict_in_order
@@ -36,19 +36,6 @@ def judge_metrics(logits: Tensor, labels: Tensor, sources: Sequence[str]) -> dic
     groups = {"all": np.ones(len(names), dtype=bool)} | {name: names == name for name in sorted(set(sources))}
     z, y = logits.numpy(), labels.numpy()
     return {name: _binary_metrics(z[mask], y[mask]) for name, mask in groups.items()}
-
-
-def binary_calibration_error(probability: np.ndarray, labels: np.ndarray, *, num_bins: int = 10) -> float:
-    """Mean gap between stated probability and frequency over equal-width bins, weighted by bin size.
-
-    Args:
-        probability: P(label = 1), shape (N,).
-        labels: 1 or 0, shape (N,).
-        num_bins: bins of [0, 1].
-    """
-    bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
-    gaps = [abs((probability - labels)[bins == b].sum()) for b in range(num_bins)]
-    return float(sum(gaps) / len(labels))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from launch.asset_corpus import (
     read_rows,
     why_dirty,
 )
-from launch.asset_measure import binary_calibration_error, probe_accuracy
+from launch.asset_measure import probe_accuracy
 from launch.asset_rows import cut_answer
 from launch.asset_tokens import assistant_rows, document_rows, load_tokenizer, render_chat, train_tokenizer
 from raylign.assets import TINY_CHAT, asset_path
@@ -136,12 +136,6 @@ def test_cut_answer_keeps_prompt_and_end_token():
     num_answer_tokens = [len(cut) - 6 for cut in cuts]
     assert set(num_answer_tokens) <= {200, *range(24, 97)}
     assert 0.4 < sum(num == 200 for num in num_answer_tokens) / 200 < 0.6
-
-
-def test_binary_calibration_error_by_hand():
-    probability, labels = np.array([0.95, 0.95, 0.05, 0.05]), np.array([1, 0, 0, 0])
-    # the upper bin is off by |1.9 - 1| / 4, the lower by 0.1 / 4
-    assert binary_calibration_error(probability, labels) == pytest.approx(1.0 / 4)
 
 
 def test_probe_finds_a_planted_direction_and_no_other():

@@ -136,6 +136,25 @@ def test_auroc_is_the_share_of_ordered_pairs():
     assert math.isnan(metrics.auroc([], [1.0]))
 
 
+def test_area_interval_is_what_scores_without_meaning_spread_over():
+    interval = metrics.auroc_interval([2.0, 3.0, 0.0], [1.0, 1.0])
+    assert interval.mean == pytest.approx(4 / 6)
+    assert interval.low == pytest.approx(4 / 6 - 1.959964 * math.sqrt(6 / (12 * 3 * 2)), abs=1e-6)
+    assert (interval.high, interval.num_items) == (1.0, 5)
+    nothing = metrics.auroc_interval([], [1.0])
+    assert math.isnan(nothing.mean)
+    assert (nothing.low, nothing.high) == (0.0, 1.0)
+
+
+def test_binary_calibration_error_by_hand():
+    probability, labels = np.array([0.95, 0.95, 0.05, 0.05]), np.array([1, 0, 0, 0])
+    # the upper bin is off by |1.9 - 1| / 4, the lower by 0.1 / 4
+    assert metrics.binary_calibration_error(probability, labels) == pytest.approx(1.0 / 4)
+    assert math.isnan(metrics.binary_calibration_error([], []))
+    with pytest.raises(ShapeError, match="must be alike"):
+        metrics.binary_calibration_error([0.5], [1, 0])
+
+
 def test_tensors_are_arrays_too_and_matrices_are_refused():
     assert metrics.pair_accuracy(torch.ones(3), torch.zeros(3)) == 1.0
     with pytest.raises(ShapeError, match="one-dimensional"):
