@@ -84,6 +84,8 @@ def test_calibrated_margins_stay_below_the_limit_as_often_as_promised():
         logit = np.abs(rng.normal(0, 1, 120))
         margin = np.where(rng.random(120) < 1 / (1 + np.exp(-logit)), logit, -logit)
         quality = noisy_quality(0, [outcome(margin)] * 2, [str(i) for i in range(120)], **SAMPLES).quality
+        alone = noisy_quality(0, [outcome(margin)], [str(i) for i in range(120)], **SAMPLES).quality
+        assert quality.calibration_limit == pytest.approx(alone.calibration_limit)
         below.append(quality.calibration_error.mean <= quality.calibration_limit)
         assert quality.calibration_error.mean == pytest.approx(expected_calibration_error(1 / (1 + np.exp(-margin))))
     assert np.mean(below) >= 0.85
@@ -172,16 +174,16 @@ def test_the_interval_of_a_round_holds_the_noise_of_the_first_one():
 
 
 def test_unfamiliar_by_hand_and_by_prompt():
-    familiar, shuffled = np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[1.5, 1.5], [3.5, -1.0]])
-    # 1.5 beats 2 of 4, twice; 3.5 beats 4; -1 beats none
+    familiar, shuffled = np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[1.5, 1.5], [3.5, 3.0]])
+    # 1.5 beats 2 of 4, twice; 3.5 beats 4; 3 beats 3 and ties with one
     fits = [
         outcome([1.0], familiar={"disagreement": familiar}, shuffled={"disagreement": shuffled}),
         outcome([1.0], familiar={"disagreement": familiar}, shuffled={"disagreement": familiar}),
     ]
     (signal,) = unfamiliar(fits, **SAMPLES)
-    assert signal.auroc.mean == pytest.approx((8 / 16 + 1 / 2) / 2)
+    assert signal.auroc.mean == pytest.approx((11.5 / 16 + 1 / 2) / 2)
     assert signal.familiar == (0, 1, 2, 3)
-    assert signal.shuffled == (1.5, 1.5, 3.5, -1)
+    assert signal.shuffled == (1.5, 1.5, 3.5, 3)
     rng = np.random.default_rng(5)
     answers = np.repeat(rng.normal(size=(10, 1)), 4, axis=1) + 0.01 * rng.normal(size=(10, 4))
     clustered = outcome([1.0], familiar={"s": answers}, shuffled={"s": answers + 0.5})
