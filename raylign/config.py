@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from raylign.config_effects import TEXT_REWARDS, check_devices, check_effects, idle_keys
+from raylign.config_cost_model import CostModelSection
+from raylign.config_effects import TEXT_REWARDS, check_devices, check_effects, cost_source, idle_keys, needs_cost
 from raylign.config_sections import (
     EMBEDDED,
     BrmeSection,
@@ -46,6 +47,7 @@ __all__ = [
     "BrmeSection",
     "ConfidenceSection",
     "ConstraintSection",
+    "CostModelSection",
     "CostSection",
     "DataSection",
     "EvaluateSection",
@@ -65,10 +67,12 @@ __all__ = [
     "TrainSection",
     "check_devices",
     "check_effects",
+    "cost_source",
     "idle_keys",
     "known_keys",
     "load_config",
     "merge_config",
+    "needs_cost",
     "to_yaml",
     "without_idle",
 ]
@@ -90,6 +94,7 @@ class RunConfig(Section):
     online: OnlineSection = OnlineSection()
     sampler: SamplerSection = SamplerSection()
     policy_gradient: PolicyGradientSection = PolicyGradientSection()
+    cost_model: CostModelSection = CostModelSection()
     constraint: ConstraintSection = ConstraintSection()
     evaluate: EvaluateSection = EvaluateSection()
     resources: ResourcesSection = ResourcesSection()

@@ -6,9 +6,11 @@ No torch, no ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from raylign.config_cost_model import CostModelSection
 from raylign.config_sections import (
+    EMBEDDED,
     BrmeSection,
     ConfidenceSection,
     ConstraintSection,
@@ -72,6 +74,38 @@ def check_effects(config: RunConfig) -> None:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
     _check_reward(config)
     _check_constraint(config)
+    _check_cost_model(config)
+
+
+def needs_cost(config: RunConfig) -> bool:
+    """Whether a run prices responses: a constraint reads the costs, or a source of costs is named."""
+    return config.constraint.kind != "none" or config.cost_model.source != "auto"
+
+
+def cost_source(config: RunConfig) -> Literal["labels", "embedded", "external"]:
+    """What prices responses where a run needs costs."""
+    if config.cost_model.source != "auto":
+        return config.cost_model.source
+    return "embedded" if config.policy.model == EMBEDDED else "labels"
+
+
+def _check_cost_model(config: RunConfig) -> None:
+    """Refuse sources of costs that cannot be."""
+    source, cost_model = cost_source(config), config.cost_model
+    if not needs_cost(config):
+        return
+    if source == "external" and cost_model.model is None:
+        raise ConfigError("cost_model.source=external needs cost_model.model, the directory of a safety classifier")
+    if source == "embedded" and config.policy.model != EMBEDDED:
+        raise ConfigError(
+            f"cost_model.source=embedded reads hidden states of the embedded model, not of policy.model="
+            f"{config.policy.model}: use labels, when your pairs have safety verdicts, or external"
+        )
+    if source == "embedded" and config.features.layers != "all":
+        raise ConfigError(
+            f"cost_model.source=embedded reads all layers, features.layers={config.features.layers} keeps some: use "
+            "features.layers=all or cost_model.source=labels"
+        )
 
 
 def _check_constraint(config: RunConfig) -> None:
@@ -144,6 +178,7 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(has_values, "policy_gradient", value_keys, "set policy_gradient.advantage=gae")
     reads(not has_values, "policy_gradient", ["group_scale"], "set policy_gradient.advantage=group")
     _add_idle_constraint(config, reads)
+    _add_idle_cost_model(config, reads)
     reads(is_offline, "train", ["epochs", "max_steps"], "use online.num_rounds and online.round_epochs")
     on_gpu = config.sampler.gpus_per_engine > 0
     reads(on_gpu, "sampler", ["gpu_memory_utilization"], "set sampler.gpus_per_engine above 0")
@@ -179,6 +214,17 @@ def _add_idle_constraint(config: RunConfig, reads: Callable[[bool, str, Sequence
     reads(kind in ("expected", "rectified_mean"), "constraint", ["threshold"], "set constraint.kind=expected")
     reads(kind in ("rectified", "split"), "constraint", ["tolerance"], "set constraint.kind=rectified")
     reads(kind == "split", "constraint", ["split_normalise", "split_reduction"], "set constraint.kind=split")
+
+
+def _add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
+    """Keys of the cost model that nobody, or its source, does not read."""
+    keys, source = list(CostModelSection.model_fields), cost_source(config)
+    reads(needs_cost(config), "cost_model", keys[1:], "set constraint.kind=rectified or cost_model.source=labels")
+    texts = ["model", "label", "batch_tokens"]
+    reads(source == "external", "cost_model", texts, "set cost_model.source=external")
+    heads = [key for key in keys[1:] if key not in texts]
+    reads(source == "labels", "cost_model", heads, "set cost_model.source=labels")
+    reads(config.cost_model.epochs > 0, "cost_model", ["batch_size", "learning_rate"], "set cost_model.epochs above 0")
 
 
 def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:

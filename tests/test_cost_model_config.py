@@ -1,0 +1,64 @@
+"""When a run prices responses, with what, and which keys are read then."""
+
+from __future__ import annotations
+
+import pytest
+
+from raylign.config import CostModelSection, RunConfig, cost_source, idle_keys, load_config, needs_cost, to_yaml
+from raylign.errors import ConfigError
+
+ALL = {f"cost_model.{name}" for name in CostModelSection.model_fields}
+CONSTRAINED = ["train.method=policy_gradient", "constraint.kind=rectified"]
+OWN = ["policy.model=/models/mine"]
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(None, overrides)
+
+
+def idle(*overrides: str) -> set[str]:
+    return {key.removeprefix("cost_model.") for key in set(idle_keys(config(*overrides))) & ALL}
+
+
+def test_costs_are_needed_by_a_constraint_or_when_a_source_is_named():
+    assert not needs_cost(config())
+    assert needs_cost(config(*CONSTRAINED))
+    assert needs_cost(config("cost_model.source=embedded"))  # to look at costs of a run without a constraint
+
+
+def test_auto_is_the_shipped_head_for_the_embedded_model_and_your_verdicts_for_yours():
+    assert cost_source(config(*CONSTRAINED)) == "embedded"
+    assert cost_source(config(*CONSTRAINED, *OWN)) == "labels"
+    assert cost_source(config(*CONSTRAINED, "cost_model.source=labels")) == "labels"
+
+
+def test_a_source_reads_its_own_keys():
+    texts, names = {"model", "label", "batch_tokens"}, {name.removeprefix("cost_model.") for name in ALL}
+    assert idle() == names - {"source"}
+    assert idle("cost_model.source=labels") == texts
+    assert idle("cost_model.source=embedded") == names - {"source"}
+    assert idle("cost_model.source=external", "cost_model.model=/judge") == names - {"source"} - texts
+    assert idle(*CONSTRAINED, *OWN) == texts
+    assert idle("cost_model.source=labels", "cost_model.epochs=0") == texts | {"batch_size", "learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cost_model.epochs=3"], r"cost_model\.epochs is set but has no effect.*cost_model\.source=labels"),
+        ([*CONSTRAINED, "cost_model.folds=2"], r"cost_model\.folds is set but has no effect"),
+        (["cost_model.source=external"], r"needs cost_model\.model"),
+        (["cost_model.source=embedded", *OWN], r"not of policy\.model=/models/mine"),
+        (["cost_model.source=embedded", "features.layers=[1,2]"], r"features\.layers=\[1, 2\] keeps some"),
+        ([*CONSTRAINED, "features.layers=[1,2]"], r"features\.layers=\[1, 2\] keeps some"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        config(*overrides)
+
+
+def test_a_printed_cost_model_loads_back(tmp_path):
+    wanted = config("cost_model.source=labels", "cost_model.num_heads=3", "cost_model.pair_order=chosen")
+    (tmp_path / "run.yaml").write_text(to_yaml(wanted))
+    assert load_config(tmp_path / "run.yaml").cost_model == wanted.cost_model
