@@ -160,20 +160,19 @@ def _fits(
 
     def path_of(directory: Path, key: FitKey) -> Path:
         names, flip, seed = key
-        return directory / f"{directory_name(names[0])}-flips{flip:g}-seed{seed}.npz"
+        return directory / f"{directory_name(names[0])}-flips{flip}-seed{seed}.npz"
 
     def work(directory: Path) -> dict[str, Any]:
         states = read_states(read_features(features), max_pairs=calibration.base.reward.max_pairs)
         candidates = read_candidates(answers, num_prompts=settings.num_prompts, num_candidates=settings.num_candidates)
         missing = [key for key in keys if not path_of(directory, key).exists()]
-        data = FitData.of(states, candidates)
         facts = {
-            "num_train_pairs": len(data.groups),
-            "num_valid_pairs": len(data.valid[0]),
+            "num_train_pairs": states.split.count("train"),
+            "num_valid_pairs": states.split.count("valid"),
             "test_prompts": states.part("test")[2],
         }
+        done = _run_fits(FitData.of(states, candidates), calibration, missing)
         del states, candidates
-        done = _run_fits(data, calibration, missing)
         for fit, outcome in progress_bar(done, label="fits", total=len(missing)):
             save_outcome(outcome, path_of(directory, fit))
         return facts
@@ -187,6 +186,7 @@ def _run_fits(data: FitData, calibration: Calibration, fits: Sequence[FitKey]) -
     """Outcomes of Ray tasks of one CPU, as they finish; what is left is cancelled when one fails."""
     memory = _check_memory(data.fit_bytes)
     shared = ray.put(data)
+    del data  # the object store holds it now
     run = ray.remote(measure_fit).options(num_cpus=1, memory=memory)
     running = {
         run.remote(shared, {name: calibration.trial(name, seed).config for name in names}, flip): (names, flip, seed)
