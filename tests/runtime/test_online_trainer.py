@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
+import ray.data
+import ray.train
 import torch
 from transformers import AutoModelForCausalLM
 
 from raylign.config import load_config
 from raylign.errors import OutputExistsError, ResourceError
+from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.training.rounds import RoundStore
 
@@ -35,23 +36,30 @@ SECTIONS = {
 TRAIN = {"batch_size": 4, "checkpoint_every": 1, "log_every": 1, "keep_checkpoints": 9, "learning_rate": 1e-3}
 
 
+class Scored(NamedTuple):
+    """Pairs, a reward fitted on them, and the directory that the pairs lie in."""
+
+    pairs: ray.data.Dataset
+    reward: FittedReward
+    storage: Path
+
+
 @pytest.fixture(scope="module")
-def scored(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Pairs and a reward fitted on them, from a few rows of the embedded data."""
+def scored(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    """Made from a few rows of the embedded data."""
     import raylign
 
     storage = tmp_path_factory.mktemp("storage")
     pairs = raylign.ingest("embedded", storage=storage, max_pairs=60)
     features = raylign.extract_features(pairs, storage=storage)
-    return pairs, raylign.fit_reward(features, folds=2, epochs=1)
+    return Scored(pairs, raylign.fit_reward(features, folds=2, epochs=1), storage)
 
 
-def run(scored: Any, storage: Path, *, name: str, resume: bool = False, **train: Any) -> ray.train.Result:
+def run(scored: Scored, storage: Path, *, name: str, resume: bool = False, **train: Any) -> ray.train.Result:
     import raylign
 
-    pairs, reward = scored
     return raylign.train_online(
-        pairs, reward, name=name, storage=storage, resume=resume, config=SECTIONS, **(TRAIN | train)
+        scored.pairs, scored.reward, name=name, storage=storage, resume=resume, config=SECTIONS, **(TRAIN | train)
     )
 
 
@@ -62,7 +70,7 @@ def records(directory: Path) -> list[dict[str, float]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Any, tmp_path: Path) -> None:
+def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Scored, tmp_path: Path) -> None:
     result = run(scored, tmp_path, name="a")
     directory = tmp_path / "a"
     lines = records(directory)
@@ -91,55 +99,60 @@ def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Any, tmp_pat
     assert result.metrics["step"] == 4
     with pytest.raises(OutputExistsError, match=r"run\.resume=true"):
         run(scored, tmp_path, name="a")
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:  # engine, scorer and worker are gone
+    await_free_cpus()
+
+
+def await_free_cpus() -> None:
+    """Wait until engine, scorer and worker are gone."""
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.2)
 
 
 DRIVER = """
 import sys, ray, raylign
-from raylign.runtime.fitted_reward import FittedReward
 from pathlib import Path
-storage, resume = sys.argv[1], sys.argv[2] == "resume"
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-pairs = raylign.ingest("embedded", storage=storage, max_pairs=60)
-reward = FittedReward.load(Path(storage) / "reward")
-raylign.train_online(pairs, reward, name="a", storage=storage, resume=resume, config={sections}, **{train})
+from raylign.runtime.fitted_reward import FittedReward
+from raylign.runtime.ingest_job import read_pairs
+address, pairs, storage = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+raylign.train_online(
+    read_pairs(Path(pairs)), FittedReward.load(Path(storage) / "reward"), name="a", storage=storage,
+    config={sections}, **{train},
+)
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.timeout(600)
-def test_a_killed_driver_goes_on_without_repeating_or_losing_a_round(scored: Any, tmp_path: Path) -> None:
+def test_a_killed_driver_goes_on_without_repeating_or_losing_a_round(scored: Scored, tmp_path: Path) -> None:
     """SIGKILL right after the second round was sampled; the resumed run ends with the weights of an unbroken one."""
     run(scored, tmp_path, name="whole", method="policy_gradient")
     ends = [line for line in records(tmp_path / "whole") if "sync/version" in line]
     assert [line["importance/difference_max"] < 1e-3 for line in ends] == [True, True]
     storage = tmp_path / "broken"
     (storage / "reward").mkdir(parents=True)
-    scored[1].save(storage / "reward")
+    scored.reward.save(storage / "reward")
     code = DRIVER.replace("{sections}", repr(SECTIONS)).replace("{train}", repr(TRAIN | {"method": "policy_gradient"}))
+    [pairs] = scored.storage.glob("pairs-*")
+    address = ray.get_runtime_context().gcs_address
     rounds = storage / "a" / "rounds"
-    driver = start(code, storage, "fresh")
+    driver = subprocess.Popen([sys.executable, "-c", code, address, str(pairs), str(storage)])
     wait_for(lambda: (rounds / "round_00002.parquet").exists(), driver)
-    os.killpg(driver.pid, signal.SIGKILL)
+    driver.kill()
     driver.wait()
+    await_free_cpus()
+    assert [line["step"] for line in records(storage / "a")] in ([1, 2], [1, 2, 3]), "the kill came after the end"
     before = {file.name: (file.stat().st_mtime_ns, digest(file)) for file in rounds.glob("*.parquet")}
     assert len(before) == 2
-    assert start(code, storage, "resume").wait(timeout=240) == 0
+    run(scored, storage, name="a", resume=True, method="policy_gradient")
     after = {file.name: (file.stat().st_mtime_ns, digest(file)) for file in rounds.glob("*.parquet")}
     assert after == before
     assert [line["step"] for line in records(storage / "a")] == [1, 2, 3, 4]
     weights = "step_0000004/policy/model.safetensors"
     assert digest(storage / "a" / weights) == digest(tmp_path / "whole" / weights)
-
-
-def start(code: str, storage: Path, mode: str) -> subprocess.Popen[bytes]:
-    """A driver with a Ray of its own, in a process group of its own."""
-    return subprocess.Popen([sys.executable, "-c", code, str(storage), mode], start_new_session=True)
 
 
 def wait_for(condition: Any, driver: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
