@@ -92,7 +92,7 @@ def test_the_ledger_prices_every_phase_once(aligned):
     stages, phases = totals(rows), totals(rows, by="phase")
     assert list(stages) == PHASES
     for name, seconds in aligned.seconds.items():
-        assert stages[name].wall_s == pytest.approx(seconds, abs=0.2)
+        assert stages[name].wall_s == pytest.approx(seconds, rel=0.05, abs=1)  # two clocks on a busy machine
     assert stages["features"].device_s["cpu"] == pytest.approx(2 * stages["features"].wall_s)  # an actor and its reader
     assert stages["train"].device_s["cpu"] == pytest.approx(stages["train"].wall_s)
     assert phases["reference_forward"].counts.num_items == 160
