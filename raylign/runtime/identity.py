@@ -30,6 +30,8 @@ FREE_KEYS = frozenset(
         "sampler.start_timeout_s",
         "sampler.timeout_s",
         "sampler.max_restarts",
+        "constraint.prompt_safety",
+        "constraint.cvar_level",
     }
 )
 
@@ -59,6 +61,8 @@ def method_identity(config: RunConfig) -> dict[str, Any]:
     sections = ["policy", "train", "online", "sampler", "policy_gradient", "confidence"]
     sections += ["reward", "brme", "features"] if is_live else []
     sections += ["robust"] if config.train.method != "offline" else []
+    # without a constraint its section says nothing, and checkpoints from before there were constraints go on
+    sections += ["constraint"] if config.constraint.kind != "none" else []
     idle = idle_keys(config)
     keys = {
         f"{section}.{name}": value

@@ -124,6 +124,7 @@ def build_online_state(
 ) -> tuple[TrainerState, Packing]:
     """Policy, value heads, optimizer and schedule of one worker; see `train_worker.build_state`."""
     from raylign.models.loading import load_tokenizer, resolve_layout
+    from raylign.training.constrained import start_multiplier
     from raylign.training.gradient_metrics import GradientWindow
     from raylign.training.metrics import MetricWindow
     from raylign.training.micro_batches import Packing
@@ -134,7 +135,10 @@ def build_online_state(
     config = task.config
     train, gradient = config.train, config.policy_gradient
     is_gradient = train.method == "policy_gradient"
-    num_values = 1 if is_gradient and gradient.advantage == "gae" else 0
+    multiplier = start_multiplier(config.constraint) if is_gradient else None
+    num_values = 0
+    if is_gradient and gradient.advantage == "gae":
+        num_values = 1 if multiplier is None else 2  # of the reward, and of the cost
     policy = load_policy_forward(task, world, checkpoint=checkpoint, num_values=num_values)
     tokenizer = load_tokenizer(task.model, trust_remote_code=config.policy.trust_remote_code)
     packing = Packing(
@@ -153,8 +157,9 @@ def build_online_state(
     scheduler = build_scheduler(
         optimizer, schedule=train.schedule, num_updates=schedule.num_updates, warmup_fraction=train.warmup_fraction
     )
-    window = GradientWindow() if is_gradient else MetricWindow(has_confidence=False)
-    return TrainerState(policy=module, optimizer=optimizer, scheduler=scheduler, window=window), packing
+    window = GradientWindow(has_cost_values=num_values > 1) if is_gradient else MetricWindow(has_confidence=False)
+    state = TrainerState(policy=module, optimizer=optimizer, scheduler=scheduler, window=window, multiplier=multiplier)
+    return state, packing
 
 
 class RoundOpener:

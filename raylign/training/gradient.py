@@ -4,14 +4,15 @@ Advantages belong to the round and are computed once, from the numbers stored wi
 for stored pairs, the batch is one sum over its tokens (or responses) divided by their number over all workers, however
 it is cut into micro-batches.
 
-A method with another reward (robust, constrained) hands in a round with other rewards, see `Round.with_rewards`;
-nothing here knows where a reward comes from.
+A method with another reward hands in a round with other rewards, see `Round.with_rewards`; nothing here knows where a
+reward comes from. A constraint hands in the costs beside them, because a cost may have a critic of its own.
 
 Shape letters: n responses of a round, N their tokens, H value heads, T tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from raylign.config import PolicyGradientSection, TrainSection
+from raylign.constraints.rectified import combine, constrained_rewards, cost_token_rewards, part_weights
 from raylign.losses import policy_gradient
 from raylign.losses.advantages import (
     gae,
@@ -28,6 +30,7 @@ from raylign.losses.advantages import (
     sequence_scores,
     token_rewards,
 )
+from raylign.training.constrained import RoundConstraint
 from raylign.training.micro_batches import Packing
 from raylign.training.online_pairs import couple_responses
 from raylign.training.optim import trainable
@@ -38,7 +41,9 @@ from raylign.training.world import World
 from raylign.types import PackedBatch, PairScores
 
 # Sums over the counted tokens of an update, reduced over workers.
-SUMS = ("policy_loss", "value_loss", "is_clipped", "policy_change", "tokens", "slots")
+_VALUE_LOSSES = ("value_loss", "cost_value_loss")  # by value head
+_LOSSES = ("policy_loss", *_VALUE_LOSSES)
+SUMS = (*_LOSSES, "is_clipped", "policy_change", "tokens", "slots")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +54,10 @@ class RoundTargets:
         logps_old: (N,) trainer's log-probabilities at the start of the round, nats.
         importance: (N,) truncated weight of trainer over sampler probability.
         advantages: (N,) reward units.
-        values_old: (N,) value head at the start of the round, None without one.
-        returns: (N,) what the value head learns, None without one.
+        values_old: (N, H) value heads at the start of the round, reward before cost; None without them.
+        returns: (N, H) what the value heads learn, None without them.
         facts: numbers for the metrics.
+        unsafe: (n,) bool, the part of each response where safe and unsafe ones are averaged apart, else None.
     """
 
     logps_old: torch.Tensor
@@ -60,6 +66,7 @@ class RoundTargets:
     values_old: torch.Tensor | None
     returns: torch.Tensor | None
     facts: dict[str, float]
+    unsafe: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +86,16 @@ class GradientSummary:
     learning_rate: float
 
 
-def round_targets(round_: Round, *, settings: PolicyGradientSection) -> RoundTargets:
+def round_targets(
+    round_: Round, *, settings: PolicyGradientSection, constraint: RoundConstraint | None = None
+) -> RoundTargets:
     """Advantages and importance weights of a round.
 
     Args:
-        round_: with the trainer's log-probabilities, and with values for advantage=gae.
+        round_: with the trainer's log-probabilities; for advantage=gae with values of the reward and, under a
+            constraint, of the cost.
         settings: estimator and its constants.
+        constraint: costs of the responses and what they weigh; None follows the rewards alone.
     """
     assert round_.policy_logps is not None
     scored = round_.scored
@@ -92,17 +103,24 @@ def round_targets(round_: Round, *, settings: PolicyGradientSection) -> RoundTar
     reference = torch.from_numpy(np.concatenate([item.reference_token_logps for item in scored])).double()
     sampler = torch.from_numpy(np.concatenate([item.rollout.sampler_logps for item in scored])).double()
     sequence = torch.repeat_interleave(torch.arange(len(scored)), torch.from_numpy(np.diff(round_.offsets)))
-    reward = torch.from_numpy(round_.rewards)
     kl, _ = kl_estimates(logps_old, reference)
-    constants = {"beta": settings.beta, "score_clip": settings.score_clip}
     values_old, returns = None, None
     if settings.advantage == "gae":
         assert round_.values is not None
-        values_old = torch.from_numpy(round_.values[:, 0]).double()
-        per_token = token_rewards(rewards_at_end(reward, sequence), kl, **constants)
-        advantages, returns = gae(per_token, values_old, sequence, gae_lambda=settings.gae_lambda)
+        values_old = torch.from_numpy(round_.values).double()
+        advantages, returns = _critic_targets(round_, values_old, kl, sequence, settings, constraint)
     else:
-        score = sequence_scores(reward, kl, sequence, **constants)
+        reward, score_clip = torch.from_numpy(round_.rewards), settings.score_clip
+        if constraint is not None:
+            reward = constrained_rewards(
+                reward,
+                constraint.cost,
+                multiplier=constraint.multiplier,
+                variant=constraint.variant,
+                score_clip=score_clip,
+            )
+            score_clip = math.inf  # reward and cost are bounded each for itself, not their sum
+        score = sequence_scores(reward, kl, sequence, beta=settings.beta, score_clip=score_clip)
         group = torch.tensor([item.rollout.prompt_index for item in scored])
         advantages = group_advantages(score, group, scale=settings.group_scale)[sequence]
     facts = importance_facts(round_, cap=settings.importance_cap) | {
@@ -111,8 +129,12 @@ def round_targets(round_: Round, *, settings: PolicyGradientSection) -> RoundTar
         "critic/advantages/std": float(advantages.std(correction=0)),
     }
     if returns is not None and values_old is not None:
-        unexplained = (returns - values_old).var(correction=0) / returns.var(correction=0).clamp_min(1e-12)
-        facts["critic/explained_variance"] = float(1 - unexplained)
+        for head, name in enumerate(
+            ("critic/explained_variance", "critic/cost_explained_variance")[: returns.shape[1]]
+        ):
+            target = returns[:, head]
+            unexplained = (target - values_old[:, head]).var(correction=0) / target.var(correction=0).clamp_min(1e-12)
+            facts[name] = float(1 - unexplained)
     return RoundTargets(
         logps_old=logps_old.float(),
         importance=policy_gradient.importance_weights(logps_old, sampler, cap=settings.importance_cap).float(),
@@ -120,7 +142,34 @@ def round_targets(round_: Round, *, settings: PolicyGradientSection) -> RoundTar
         values_old=None if values_old is None else values_old.float(),
         returns=None if returns is None else returns.float(),
         facts=facts,
+        unsafe=constraint.unsafe if constraint is not None and constraint.has_parts else None,
     )
+
+
+def _critic_targets(
+    round_: Round,
+    values_NH: torch.Tensor,
+    kl: torch.Tensor,
+    sequence: torch.Tensor,
+    settings: PolicyGradientSection,
+    constraint: RoundConstraint | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages (N,) of one or two critics, and their returns (N, H)."""
+    constants = {"beta": settings.beta, "score_clip": settings.score_clip}
+    per_token = token_rewards(rewards_at_end(torch.from_numpy(round_.rewards), sequence), kl, **constants)
+    advantages, returns = gae(per_token, values_NH[:, 0], sequence, gae_lambda=settings.gae_lambda)
+    if constraint is None:
+        return advantages, returns[:, None]
+    costs = cost_token_rewards(constraint.cost, kl, sequence, variant=constraint.variant, **constants)
+    cost_advantages, cost_returns = gae(costs, values_NH[:, 1], sequence, gae_lambda=settings.gae_lambda)
+    advantages = combine(
+        advantages,
+        cost_advantages,
+        constraint.unsafe[sequence],
+        multiplier=constraint.multiplier,
+        variant=constraint.variant,
+    )
+    return advantages, torch.stack([returns, cost_returns], dim=1)
 
 
 def importance_facts(round_: Round, *, cap: float) -> dict[str, float]:
@@ -154,7 +203,7 @@ def gradient_update(
     """Move the policy by one optimiser step on the responses to some prompts of a round.
 
     Args:
-        policy: `PolicyForward`, plain or wrapped in DDP or FSDP2; with a value head for advantage=gae.
+        policy: `PolicyForward`, plain or wrapped in DDP or FSDP2; with value heads for advantage=gae.
         optimizer: over its parameters.
         scheduler: stepped once.
         round_: the same on every worker.
@@ -174,6 +223,7 @@ def gradient_update(
     couples = couple_responses(round_, prompts)
     members = [position for prompt in prompts for position in round_.by_prompt[prompt]]
     num_tokens = int(np.diff(round_.offsets)[members].sum())
+    part_weight = _part_weight(round_, targets, members, reduction=gradient.reduction)
     with seeded(seed, update, world):
         policy.train()
         optimizer.zero_grad(set_to_none=True)
@@ -185,8 +235,10 @@ def gradient_update(
                 index = couples.token_index(round_, micro.indices)
                 weight = torch.from_numpy(couples.token_weight(round_, micro.indices)).to(world.device) * micro.weight
                 losses = _token_losses(policy(packed), targets, torch.from_numpy(index), gradient)
+                if part_weight is not None:
+                    losses["policy_loss"] = losses["policy_loss"] * part_weight[index].to(world.device)
                 share = policy_gradient.reduce_loss(
-                    (losses["policy_loss"] + losses["value_loss"]) * weight,
+                    sum(losses[name] for name in _LOSSES if name in losses) * weight,
                     reduction=gradient.reduction,
                     num_tokens=num_tokens,
                     num_sequences=len(members),
@@ -200,7 +252,7 @@ def gradient_update(
     body = [parameter for parameter in trainable(policy) if not any(parameter is head for head in heads)]
     grad_norm = clip_gradient(body, settings.max_grad_norm)
     clip_gradient(heads, settings.max_grad_norm)
-    check_finite(sums[:2], grad_norm, update, learning_rate=settings.learning_rate, items="loss sums")
+    check_finite(sums[: len(_LOSSES)], grad_norm, update, learning_rate=settings.learning_rate, items="loss sums")
     learning_rate = float(optimizer.param_groups[0]["lr"])
     optimizer.step()
     scheduler.step()
@@ -225,20 +277,23 @@ def _token_losses(
     policy_loss = policy_gradient.clipped_surrogate(
         scores.token_logps, logps_old, advantages, clip=gradient.clip, importance_weight=importance
     )
-    value_loss = torch.zeros_like(policy_loss)
+    value_losses = {}
     if targets.values_old is not None and targets.returns is not None and scores.token_values is not None:
-        value_loss = policy_gradient.value_loss(
-            scores.token_values[:, 0],
-            targets.values_old[index].to(device),
-            targets.returns[index].to(device),
-            value_clip=gradient.value_clip,
-        )
+        value_losses = {
+            name: policy_gradient.value_loss(
+                scores.token_values[:, head],
+                targets.values_old[index, head].to(device),
+                targets.returns[index, head].to(device),
+                value_clip=gradient.value_clip,
+            )
+            for head, name in enumerate(_VALUE_LOSSES[: targets.returns.shape[1]])
+        }
     # k3 of the policy before the round against the policy now: an estimate that is never negative
     _, policy_change = kl_estimates(logps_old, scores.token_logps)
     is_clipped = policy_gradient.is_clipped(scores.token_logps, logps_old, advantages, clip=gradient.clip)
     return {
         "policy_loss": policy_loss,
-        "value_loss": value_loss,
+        **value_losses,
         "is_clipped": is_clipped.float(),
         "policy_change": policy_change.detach(),
     }
@@ -246,5 +301,17 @@ def _token_losses(
 
 def _sums(losses: dict[str, torch.Tensor], weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
     """One entry per name of `SUMS`."""
-    totals = [(losses[name].detach().double() * weight).sum() for name in SUMS[:4]]
+    nothing = weight.new_zeros((), dtype=torch.float64)
+    totals = [(losses[name].detach().double() * weight).sum() if name in losses else nothing for name in SUMS[:-2]]
     return torch.stack([*totals, weight.double().sum(), weight.new_tensor(packed.input_ids.numel()).double()])
+
+
+def _part_weight(round_: Round, targets: RoundTargets, members: list[int], *, reduction: str) -> torch.Tensor | None:
+    """(N,) weights that average the safe and the unsafe responses of an update apart; None for one mean."""
+    if targets.unsafe is None:
+        return None
+    lengths = torch.from_numpy(np.diff(round_.offsets))
+    size = lengths[members] if reduction == "token_global" else torch.ones(len(members))
+    weight = torch.zeros(len(lengths))
+    weight[members] = part_weights(targets.unsafe[members], size).float()
+    return weight.repeat_interleave(lengths)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from raylign.training.gradient import GradientSummary
 from raylign.training.metrics import SumWindow
 
 
+@dataclass(kw_only=True)
 class GradientWindow(SumWindow):
-    """Sums over updates; the tokens are response tokens."""
+    """Sums over updates; the tokens are response tokens.
+
+    Attributes:
+        has_cost_values: whether a value head predicts costs.
+    """
+
+    has_cost_values: bool = False
 
     def add(self, summary: GradientSummary) -> None:
         """Count one update."""
@@ -29,12 +38,15 @@ class GradientWindow(SumWindow):
         """
         sums = self.sums
         tokens, seconds = sums["tokens"], max(sums["seconds"], 1e-9)
+        losses = sums["policy_loss"] + sums["value_loss"] + sums["cost_value_loss"]
+        cost = {"critic/cost_value_loss": sums["cost_value_loss"] / tokens} if self.has_cost_values else {}
         return {
             "step": step,
             "epoch": epoch,
-            "loss": (sums["policy_loss"] + sums["value_loss"]) / tokens,
+            "loss": losses / tokens,
             "actor/policy_loss": sums["policy_loss"] / tokens,
             "critic/value_loss": sums["value_loss"] / tokens,
+            **cost,
             "actor/clip_fraction": sums["is_clipped"] / tokens,
             "actor/policy_change": sums["policy_change"] / tokens,
             "response_length/mean": tokens / sums["responses"],

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from raylign.config import RunConfig
+from raylign.constraints.multipliers import MultiplierState
+from raylign.training.constrained import cost_facts, multiplier_facts, open_multiplier, round_constraint
 from raylign.training.gradient import RoundTargets, gradient_update, round_targets
 from raylign.training.gradient_metrics import GradientWindow
 from raylign.training.loop import CheckpointCallback, RecordCallback
@@ -39,7 +41,8 @@ def train_online(
     """Run the updates that `state` has not finished yet.
 
     Args:
-        state: changed in place; `state.update` says where to start, in the middle of a round as well.
+        state: changed in place; `state.update` says where to start, in the middle of a round as well. With a
+            multiplier, that moves when a round is opened.
         open_round: gives round `index`, from 0: the stored one, or one sampled from the state's weights. Called on
             every worker, at the first update of a round and after a resume.
         schedule: which prompts a round and an update take.
@@ -50,15 +53,16 @@ def train_online(
             with the facts of the round.
         on_checkpoint: called after the last update of every round and every `train.checkpoint_every` updates.
         costs: what the updates cost is recorded here; what opening a round costs is up to `open_round`.
-        shape_rewards: gives the rewards (n,) that the round's updates maximise, for example less a multiplier times the
-            cost; called once whenever a round is opened, and again after a resume, so it must not change its own
-            state. None takes the rewards of the responses.
+        shape_rewards: gives the rewards (n,) that the round's updates maximise, before a constraint weighs the costs
+            against them; called once whenever a round is opened, and again after a resume, so it must not change its
+            own state. None takes the rewards of the responses.
 
     Returns:
         The record of the last update; empty when there was nothing left to do.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss or the gradient is not finite, or a constraint misses the cost of a response.
+        CheckpointError: `state` and the rounds do not belong together.
     """
     settings = config.train
     record: dict[str, float] = {}
@@ -68,7 +72,11 @@ def train_online(
             index = state.update // schedule.updates_per_round
             if current is None or current.round_.index != index:
                 round_ = open_round(index, state)
-                current = _OpenRound(round_.with_rewards(shape_rewards(round_)) if shape_rewards else round_, config)
+                if shape_rewards:
+                    round_ = round_.with_rewards(shape_rewards(round_))
+                if state.multiplier is not None:
+                    state.multiplier = open_multiplier(state.multiplier, round_, settings=config.constraint)
+                current = _OpenRound(round_, config, state.multiplier)
                 state.window.restart_clock()
             costs.begin()
             costs.count(current.update(state, schedule.batch(state.update), packing=packing, world=world))
@@ -92,20 +100,28 @@ def train_online(
 class _OpenRound:
     """A round and what its updates read, computed once."""
 
-    def __init__(self, round_: Round, config: RunConfig) -> None:
+    def __init__(self, round_: Round, config: RunConfig, multiplier: MultiplierState | None) -> None:
         self.round_ = round_
         self._config = config
+        self._multiplier = multiplier
         self._pairs: list[tuple[int, int]] = []
         self._targets: RoundTargets | None = None
         if config.train.method == "policy_gradient":
-            self._targets = round_targets(round_, settings=config.policy_gradient)
+            constraint = None
+            if multiplier is not None:
+                constraint = round_constraint(round_, multiplier, settings=config.constraint)
+            self._targets = round_targets(round_, settings=config.policy_gradient, constraint=constraint)
         else:
             self._pairs = choose_pairs(round_, rule=config.online.pairs, seed=config.run.seed)
 
     @property
     def facts(self) -> dict[str, float]:
         """Numbers of the round for its last record."""
+        constraint = self._config.constraint
         facts = {**self.round_.facts, **(self._targets.facts if self._targets is not None else {})}
+        facts |= cost_facts(self.round_, settings=constraint)
+        if self._multiplier is not None:
+            facts |= multiplier_facts(self._multiplier, settings=constraint)
         if self._pairs:
             rewards = self.round_.rewards
             margins = np.array([rewards[chosen] - rewards[rejected] for chosen, rejected in self._pairs])

@@ -141,6 +141,11 @@ class Round:
         """(n,) float64."""
         return np.array([item.reward for item in self.scored])
 
+    @property
+    def costs(self) -> np.ndarray:
+        """(n,) float64, > 0 unsafe; nan without a cost model."""
+        return np.array([item.cost for item in self.scored])
+
     def with_rewards(self, rewards: np.ndarray) -> Round:
         """The round with other rewards, (n,), for example penalised ones."""
         scored = (replace(item, reward=float(value)) for item, value in zip(self.scored, rewards, strict=True))

@@ -5,7 +5,8 @@ A checkpoint is a directory:
     policy/                 HF or PEFT directory (safetensors, tokenizer), loadable by plain transformers or peft
     trainer_state/
         state.json          schema, updates done, the settings and data it belongs to, sizes of all files
-        training.pt         optimizer, scheduler, metric window, confidence and value heads; read with weights_only=True
+        training.pt         optimizer, scheduler, metric window, confidence and value heads, multiplier; read with
+                            weights_only=True
 
 Weights are stored in the type they are trained in (float32 master weights for full training, float32 adapters), so
 `policy/` alone restores them to the bit. Data order and dropout are functions of (seed, update, rank), so no generator
@@ -34,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from raylign.constraints.multipliers import MultiplierState
 from raylign.errors import CheckpointError
 from raylign.training.gradient_metrics import GradientWindow
 from raylign.training.live_confidence import LiveConfidence
@@ -59,6 +61,7 @@ class TrainerState:
         window: metric sums since the last record.
         live: confidence heads, None when gamma comes from the data.
         update: updates finished; the only cursor into the data.
+        multiplier: of a safety constraint, None without one.
     """
 
     policy: nn.Module
@@ -67,6 +70,7 @@ class TrainerState:
     window: MetricWindow | GradientWindow
     live: LiveConfidence | None = None
     update: int = 0
+    multiplier: MultiplierState | None = None
 
 
 def save_checkpoint(
@@ -109,6 +113,7 @@ def save_checkpoint(
         "window": state.window.state_dict(),
         "live": None if state.live is None else state.live.state_dict(),
         "values": values,
+        "multiplier": None if state.multiplier is None else state.multiplier.state_dict(),
     }
     torch.save(training, directory / _STATE / "training.pt")
     record = {
@@ -179,6 +184,10 @@ def load_training(directory: Path, state: TrainerState) -> None:
         restore_values(state.policy, training["values"])
     if state.live is not None:
         state.live.load_state_dict(training["live"])
+    multiplier = training.get("multiplier")  # checkpoints from before there were constraints have none
+    if (multiplier is None) != (state.multiplier is None):
+        raise CheckpointError(f"{directory} was made with another constraint.kind; resume with the same setting")
+    state.multiplier = None if multiplier is None else MultiplierState.from_state_dict(multiplier)
     state.update = record["update"]
 
 
