@@ -34,12 +34,17 @@ def robust_rewards(posterior: RewardPosterior, robust: RobustSection) -> torch.T
         case "min":
             return aggregate.minimum(mu, sigma)
         case "uwo":
-            return aggregate.uwo(mu, sigma, uncertainty_weight=robust.uncertainty_weight)
+            return aggregate.uwo(_moments(posterior), uncertainty_weight=robust.uncertainty_weight)
         case "lcb":
-            return aggregate.lcb(mu, sigma, k=robust.lcb_k)
+            return aggregate.lcb(_moments(posterior), k=robust.lcb_k)
         case "cvar":
             return aggregate.cvar(mu, sigma, level=robust.cvar_level)
         case "entropic":
             return aggregate.entropic(mu, sigma, b=robust.entropic_b)
         case "brme":
             return aggregate.brme(mu, sigma, w_nominal=robust.w_nominal)
+
+
+def _moments(posterior: RewardPosterior) -> torch.Tensor:
+    """Two members (n, 2) with the posterior's mean and variance: the members' own, or exact where its draws are not."""
+    return posterior.mean[:, None] + posterior.disagreement[:, None] * torch.tensor([-1.0, 1.0])

@@ -7,7 +7,7 @@ import torch
 
 from raylign.config import RobustSection
 from raylign.rewards import aggregate
-from raylign.rewards.posterior import ensemble_posterior
+from raylign.rewards.posterior import RewardPosterior, ensemble_posterior
 from raylign.runtime.robust import robust_rewards
 
 RULES = ("mean", "min", "uwo", "lcb", "cvar", "entropic", "brme")
@@ -64,3 +64,13 @@ def test_the_global_set_takes_one_member_for_all_responses():
     nominal = aggregate.nominal_rewards(posterior.head_rewards, posterior.head_scales)
     torch.testing.assert_close(mixed, 0.3 * nominal + 0.7 * posterior.head_rewards[:, worst])
     assert (robust_rewards(posterior, RobustSection(rule="min")) <= rewards).all()
+
+
+@pytest.mark.parametrize("settings", [{"rule": "uwo", "uncertainty_weight": 2.0}, {"rule": "lcb", "lcb_k": 2.0}])
+def test_rules_of_moments_read_the_exact_ones_and_not_those_of_a_few_draws(settings):
+    """A posterior over weights: standard deviation 3 whatever its two draws say."""
+    posterior = RewardPosterior(
+        mean=torch.tensor([1.0]), deviations=torch.tensor([[3.0]]), head_rewards=torch.tensor([[0.9, 1.0]])
+    )
+    expected = 1 - 2 * (9.0 if settings["rule"] == "uwo" else 3.0)
+    torch.testing.assert_close(robust_rewards(posterior, RobustSection(**settings)), torch.tensor([expected]))
