@@ -42,7 +42,15 @@ def test_pure_layers_load_no_framework():
 
 
 def test_config_types_and_cli_load_neither_torch_nor_ray():
-    modules = ("raylign", "raylign.types", "raylign.errors", "raylign.config", "raylign.compare_config", "launch.cli")
+    modules = (
+        "raylign",
+        "raylign.types",
+        "raylign.errors",
+        "raylign.config",
+        "raylign.calibrate_config",
+        "raylign.compare_config",
+        "launch.cli",
+    )
     assert loaded_after(*modules) == set()
 
 

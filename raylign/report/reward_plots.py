@@ -242,7 +242,7 @@ def accuracy_under_flips(posteriors: Sequence[FlipAccuracy], *, num_pairs: int) 
     axes.set_ylabel("accuracy on right labels")
     axes.set_title(f"Accuracy under label noise: higher is better (n = {num_pairs:,} pairs)", fontsize=11)
     _grid(axes)
-    legend_below(figure, axes, num_columns=5)
+    legend_below(figure, axes, num_columns=4)
     return figure
 
 
@@ -284,7 +284,7 @@ def shift_signals(signals: Sequence[ShiftSignal]) -> Figure:
     signals = [signal for signal in signals if len(signal.familiar) and len(signal.shifted)]
     if not signals:
         return empty_panel("Signals of unfamiliar input", "there is no shifted set")
-    figure = new_figure(max(3.6 * len(signals), 5.0), 3.7)
+    figure = new_figure(max(3.6 * len(signals), 6.4), 3.7)
     for axes, signal in zip(figure.subplots(1, len(signals), squeeze=False)[0], signals, strict=True):
         both = np.concatenate([signal.familiar, signal.shifted])
         low, high = (float(end) for end in np.quantile(both, [0, 0.995]))
