@@ -36,18 +36,22 @@ FREE_KEYS = frozenset(
 )
 
 
-def run_identity(config: RunConfig, *, model: str | Path, reward: str | Path | None) -> dict[str, Any]:
+def run_identity(
+    config: RunConfig, *, model: str | Path, reward: str | Path | None, cost: str | Path | None = None
+) -> dict[str, Any]:
     """What a checkpoint belongs to, the pairs apart: everything that decides the weights, by dotted config key.
 
     Args:
         config: of the run.
         model: directory of the policy before training; its bytes count.
         reward: directory of the reward phase, or None.
+        cost: directory of the cost phase, or None; it counts where a constraint reads the costs.
     """
     from raylign.models.loading import model_fingerprint
 
-    heads = {} if reward is None else {"heads": model_fingerprint(reward)}
-    return method_identity(config) | heads | {"model": model_fingerprint(model)}
+    read = {"heads": reward, "cost": cost if config.constraint.kind != "none" else None}
+    fingerprints = {name: model_fingerprint(path) for name, path in read.items() if path is not None}
+    return method_identity(config) | fingerprints | {"model": model_fingerprint(model)}
 
 
 def method_identity(config: RunConfig) -> dict[str, Any]:
