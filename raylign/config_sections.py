@@ -287,14 +287,24 @@ class PolicyGradientSection(Section):
 
 
 class ConstraintSection(Section):
-    """A safety constraint on the cost of sampled responses, kept by a Lagrange multiplier (policy_gradient)."""
+    """A safety constraint on the cost of responses, sampled (policy_gradient) or stored (offline label_confidence)."""
 
     kind: Literal["none", "rectified", "split", "expected", "rectified_mean", "fixed_penalty"] = Field(
         "none",
         description="what the multiplier weighs: max(cost, 0) of every response (RePO, arXiv:2410.19933), the cost of "
-        "unsafe ones, the mean cost (PPO-Lagrangian, arXiv:2310.12773), its positive part; or a fixed penalty",
+        "unsafe ones, the mean cost (PPO-Lagrangian, arXiv:2310.12773), its positive part; or a fixed penalty; "
+        "offline rectified or expected",
     )
-    multiplier: float = Field(1.0, ge=0, description="multiplier of the first round; of all with fixed_penalty")
+    multiplier: Annotated[float, Field(ge=0)] | Literal["dual"] = Field(
+        1.0,
+        description="multiplier of the first round; of all with fixed_penalty; offline of the run, or 'dual': the one "
+        "at which the costs of stored responses meet the constraint",
+    )
+    labels: Literal["confidence", "sampled", "hard"] = Field(
+        "confidence",
+        description="what a stored pair tells the loss of reward minus multiplier times cost (offline): its label "
+        "confidence, a draw from it (C-DPO, arXiv:2403.02475), or which answer has more",
+    )
     multiplier_space: Literal["log", "linear"] = Field(
         "log", description="the multiplier moves in proportion to itself and stays above 0, or by plain steps"
     )

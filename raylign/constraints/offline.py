@@ -213,9 +213,8 @@ def dual_ascent(
     Definition: \(\lambda \leftarrow [\lambda + \eta(J(\lambda) - d)]^+\) from `start`, until \(J(\lambda^*) = d\).
 
     J falls in \(\lambda\) (its slope is minus the mean variance of X under \(\pi_\lambda\), over beta), so every step
-    also tells on which side the solution is. A step that leaves the bracket found so far, as fixed steps do where the
-    slope is steep, becomes its middle, and after sixty steps bisection finishes: the solution does not depend on
-    `learning_rate`.
+    also tells on which side the solution is. After sixty steps bisection of what is left finishes, because fixed steps
+    oscillate where the slope is steep: the solution does not depend on `learning_rate`.
 
     A rectified constraint may be out of reach on stored responses (a prompt with unsafe ones only) and always is for
     d = 0: the multiplier is then the cap, as online. An expected one that is out of reach is an error.
@@ -249,12 +248,11 @@ def dual_ascent(
     while len(path) < _MAX_STEPS:
         policy = tilted_policy(stored, path[-1], beta=beta)
         excess = policy.statistic - target
-        low, high = (path[-1], high) if excess > 0 else (low, path[-1])
+        low, high = (max(low, path[-1]), high) if excess > 0 else (low, min(high, path[-1]))
         if high - low <= _CLOSED * high:
             break
-        following = moved_multiplier(path[-1], excess, rule)
-        is_plain = len(path) < _ASCENT_STEPS and low < following < high
-        path.append(following if is_plain else (low + high) / 2)
+        is_plain = len(path) < _ASCENT_STEPS
+        path.append(moved_multiplier(path[-1], excess, rule) if is_plain else (low + high) / 2)
     return DualSolution(
         multiplier=high, policy=tilted_policy(stored, high, beta=beta), is_at_cap=False, path=tuple(path)
     )

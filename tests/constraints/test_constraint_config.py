@@ -16,10 +16,10 @@ def constrained(*overrides: str) -> RunConfig:
 
 
 def test_without_a_policy_gradient_or_a_kind_nothing_is_read():
-    for method in ("offline", "online_dpo"):
-        assert set(idle_keys(load_config(None, [f"train.method={method}"]))) >= ALL
+    for elsewhere in ("train.method=online_dpo", "train.objective=dpo"):
+        assert set(idle_keys(load_config(None, [elsewhere]))) >= ALL
         with pytest.raises(ConfigError, match=r"constraint\.kind is set but has no effect.*policy_gradient"):
-            load_config(None, [f"train.method={method}", "constraint.kind=rectified"])
+            load_config(None, [elsewhere, "constraint.kind=rectified"])
     assert set(idle_keys(constrained())) & ALL == ALL - {"constraint.kind"}
     with pytest.raises(ConfigError, match=r"constraint\.multiplier is set but has no effect.*kind=rectified"):
         constrained("multiplier=2")
