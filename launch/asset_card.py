@@ -23,7 +23,7 @@ from raylign.evaluation.prompts import load_prompts
 
 MAX_NEW_TOKENS = 64
 TEMPERATURES = (1.0, 0.7)
-_LICENCE = (
+LICENCE = (
     "**Licence: non-commercial research use only.** Trained on non-commercial data (PKU-SafeRLHF, BeaverTails, Alpaca, "
     "AlpacaEval, LIMA), among others; none of it ships with the model."
 )
@@ -173,7 +173,7 @@ def policy_card(records: dict[str, Any], measured: PolicyMeasurements) -> str:
     lines = [
         "# tiny_chat: a deliberately unaligned start",
         "",
-        f"{_LICENCE}",
+        f"{LICENCE}",
         "",
         f"A {lm['num_parameters'] / 1e6:.2f} M-parameter Llama chat model to run the alignment pipeline on a laptop. "
         "**Deliberately unaligned:** it was tuned on unsafe answers too, so that alignment has something to change. "
@@ -238,7 +238,7 @@ def judge_card(records: dict[str, Any], on_humans: dict[str, float]) -> str:
     lines = [
         "# tiny_judge: safe or unsafe",
         "",
-        f"{_LICENCE}",
+        f"{LICENCE}",
         "",
         "A Llama sequence classifier of the size of `tiny_chat` for conversations rendered by the chat template. "
         "logit(unsafe) - logit(safe) > 0 means unsafe. Small and often wrong: use it to see a pipeline work, and a "
@@ -264,8 +264,8 @@ def judge_card(records: dict[str, Any], on_humans: dict[str, float]) -> str:
         "| source | rows | unsafe | AUC | accuracy | balanced accuracy | ECE (10 bins) |",
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {source} | {m['num_rows']} | {m['unsafe_share']:.2f} | {_number(m['auc'])} | {m['accuracy']:.3f} | "
-            f"{_number(m['balanced_accuracy'])} | {m['ece']:.3f} |"
+            f"| {source} | {m['num_rows']} | {m['unsafe_share']:.2f} | {number(m['auc'])} | {m['accuracy']:.3f} | "
+            f"{number(m['balanced_accuracy'])} | {m['ece']:.3f} |"
             for source, m in judge["test"].items()
         ),
         "",
@@ -302,7 +302,8 @@ def _samples(groups: Sequence[SampledAnswers]) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or a dash where nothing was measured."""
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 

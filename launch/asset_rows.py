@@ -122,7 +122,7 @@ def judge_rows(labels: Path, *, forbidden: frozenset[str], seed: int) -> JudgeRo
     valid: list[LabelledRow] = []
     test: list[LabelledRow] = []
     for row in rows:
-        labelled = LabelledRow(messages=_messages(row), is_unsafe=not row["safe"], source=row["source"])
+        labelled = labelled_row(row)
         key = normalise_prompt(row["prompt"])
         if row["split"] == "test":
             test.append(labelled)
@@ -135,7 +135,7 @@ def judge_rows(labels: Path, *, forbidden: frozenset[str], seed: int) -> JudgeRo
             (valid if hash_share(key, "judge-valid") < JUDGE_VALID_SHARE else train).append(labelled)
     if not train or not valid or not test:
         raise DataError(f"{labels}: {len(train)} train, {len(valid)} valid, {len(test)} test rows; none may be empty")
-    train.extend(_template_refusals(train, generator))
+    train.extend(template_refusals(train, generator))
     return JudgeRows(train=train, valid=valid, test=test)
 
 
@@ -155,6 +155,11 @@ def cut_answer(ids: Sequence[int], *, assistant_id: int, generator: random.Rando
     if generator.random() < 0.5 or len(ids) - start - 2 <= num_kept:
         return list(ids)
     return [*ids[: start + 1 + num_kept], ids[-1]]
+
+
+def labelled_row(row: dict[str, Any]) -> LabelledRow:
+    """A row of the safety labels: prompt, response, safe, source."""
+    return LabelledRow(messages=_messages(row), is_unsafe=not row["safe"], source=row["source"])
 
 
 def _messages(row: dict[str, Any]) -> Messages:
@@ -187,7 +192,13 @@ def _whole_sentences(text: str, max_words: int) -> str | None:
     return best
 
 
-def _template_refusals(rows: Sequence[LabelledRow], generator: random.Random) -> list[LabelledRow]:
+def template_refusals(rows: Sequence[LabelledRow], generator: random.Random) -> list[LabelledRow]:
+    """Refusals of some of the unsafe requests, marked safe.
+
+    Args:
+        rows: whose unsafe ones are refused.
+        generator: which ones, and in which words.
+    """
     unsafe = [row for row in rows if row.is_unsafe]
     picked = generator.sample(unsafe, min(NUM_REFUSAL_ROWS, len(unsafe)))
     return [

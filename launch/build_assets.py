@@ -1,7 +1,7 @@
 r"""Build the embedded models and data of `raylign/assets` from downloaded sources.
 
     python -m launch.build_assets --corpus DIR --sft FILE --labels FILE --eval-prompts FILE... --pairs FILE \
-        --refusals FILE [--init DIR] --work DIR --output DIR [--stages data lm sft judge card]
+        --refusals FILE [--init DIR] --work DIR --output DIR [--stages data lm sft judge cost card]
 
 Stages, each restartable by itself from what the one before left in `--work` and `--output`:
 
@@ -9,9 +9,11 @@ Stages, each restartable by itself from what the one before left in `--work` and
     lm      pretrain (from `--init`, or a fresh tokenizer and model) on the corpus     -> work/lm
     sft     fine-tune on instructions and, on purpose, on unsafe answers               -> tiny_chat
     judge   fine-tune `--init` (or work/lm) as a safe/unsafe classifier                -> tiny_judge
-    card    measure and write the model cards                                          -> tiny_*/README.md
+    cost    fit a cost head to safety labels on hidden states of tiny_chat, and its card -> tiny_cost
+    card    measure and write the cards of policy and judge                            -> tiny_*/README.md
 
-Nothing trains on an evaluation prompt or a test split, and the judge and the policy learn from different prompts.
+Nothing trains on an evaluation prompt or a test split, and neither policy nor cost head learn from
+prompts of the judge.
 Every number in a card is measured by the recipe. The budgets are in tokens; the optional limits in seconds end a stage
 early on a slow machine, and then the result depends on its speed.
 """
@@ -25,13 +27,14 @@ from dataclasses import fields
 from pathlib import Path
 
 from launch.asset_card import card_stage
+from launch.asset_cost import cost_stage
 from launch.asset_data import build_eval_prompts, build_pairs, build_refusal_labels
 from launch.asset_plan import AssetBudget, AssetSources
 from launch.asset_stages import finetune_stage, judge_stage, pretrain_stage
 from raylign.assets import EVAL_PROMPTS, PAIRS, REFUSAL_LABELS
 from raylign.errors import ConfigError, DataNotFoundError, ModelError, RaylignError
 
-STAGES = ("data", "lm", "sft", "judge", "card")
+STAGES = ("data", "lm", "sft", "judge", "cost", "card")
 
 
 def build_assets(
@@ -65,6 +68,8 @@ def build_assets(
         finetune_stage(sources, budget, work, output)
     if "judge" in stages:
         judge_stage(sources, budget, work, output)
+    if "cost" in stages:
+        cost_stage(sources, budget, work, output)
     if "card" in stages:
         card_stage(sources, budget, work, output)
 

@@ -9,6 +9,7 @@ from raylign.errors import RaylignError
 
 TINY_CHAT: Final = "tiny_chat"
 TINY_JUDGE: Final = "tiny_judge"
+TINY_COST: Final = "tiny_cost"
 PAIRS: Final = "pairs_hh_harmless.jsonl.gz"
 EVAL_PROMPTS: Final = "eval_prompts.jsonl"
 REFUSAL_LABELS: Final = "refusal_labels_xstest.jsonl.gz"

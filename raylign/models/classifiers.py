@@ -197,7 +197,11 @@ def load_classifier(
 
 
 def load_external(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    key: str = "reward_model.model",
 ) -> PreTrainedModel:
     """Somebody's sequence classifier, whole, on the CPU, in evaluation mode.
 
@@ -205,13 +209,12 @@ def load_external(
         path: directory with `config.json` and safetensors weights.
         dtype: type of the weights.
         trust_remote_code: run code shipped inside the model directory.
+        key: configuration key that names it.
 
     Raises:
         ModelError: not loadable, or weights without a head, which would be drawn at random.
     """
-    model, report = _from_pretrained(
-        Path(path), key="reward_model.model", dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    model, report = _from_pretrained(Path(path), key=key, dtype=dtype, trust_remote_code=trust_remote_code)
     if report["missing_keys"]:
         raise ModelError(f"{path} is no trained sequence classifier, its weights lack {sorted(report['missing_keys'])}")
     return model

@@ -2,8 +2,8 @@
 
 The reward is the one that re-ranks stored pairs: what was fitted on all training pairs, on the reference's states at
 the end of the response, and the rule that makes one number of its members. A response that the length limit cut, or
-another stop token ended, is closed with the end-of-response token for the reward, as stored responses are; the
-log-probabilities are those of its own tokens.
+another stop token ended, is closed with the end-of-response token for reward and cost, as stored responses are; the
+log-probabilities are those of its own tokens. A cost model, where the run has one, reads the same states.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raylign.config import RewardModelSection, RobustSection
+from raylign.config import CostModelSection, RewardModelSection, RobustSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.runtime.robust import robust_rewards
 from raylign.types import Rollout, ScoredRollout
 
 if TYPE_CHECKING:
+    import torch
+
     from raylign.evaluation.scoring import ScoredResponses
     from raylign.runtime.evaluators import ActorOptions
 
@@ -33,6 +35,8 @@ class ResponseScorer:
         robust: rule over members.
         options: size and number types of the actor; these must be those of the features.
         reward_model: which classifier, for a reward of texts.
+        cost_dir: of the cost phase; None leaves responses without a cost.
+        cost_model: which classifier, for a cost of texts.
     """
 
     def __init__(
@@ -43,12 +47,15 @@ class ResponseScorer:
         robust: RobustSection,
         options: ActorOptions,
         reward_model: RewardModelSection | None = None,
+        cost_dir: str | None = None,
+        cost_model: CostModelSection | None = None,
     ) -> None:
         import torch
 
         from raylign.data.tokenization import end_of_response_id
         from raylign.models.loading import load_tokenizer, resolve_layout
         from raylign.models.numerics import actor_device, load_reference
+        from raylign.runtime.cost_scorer import load_response_cost
         from raylign.runtime.reward_scorer import load_response_reward
 
         if not options.num_gpus:
@@ -59,6 +66,13 @@ class ResponseScorer:
         self._reward = load_response_reward(
             model_path, reward_dir, layers, device, reward_model=reward_model or RewardModelSection(), options=options
         )
+        self._cost = None
+        if cost_dir is not None:
+            self._cost = load_response_cost(
+                model_path, cost_dir, device, cost_model=cost_model or CostModelSection(), options=options
+            )
+        read = {layer for reader in (self._reward, self._cost) if reader for layer in reader.layers or ()}
+        self._layers = tuple(sorted(read)) or None
         self._robust = robust
         self._layout = resolve_layout("auto", self._forward.causal_lm.config)
         self._end_id = end_of_response_id(tokenizer)
@@ -80,7 +94,11 @@ class ResponseScorer:
             states = self._forward_of([prompts[row] for row in others], [closed[row] for row in others]).states
             assert states is not None
             found.states[others] = states
-        belief = self._reward(prompts, closed, found.states)
+        belief = self._reward(prompts, closed, self._states_for(self._reward.layers, found.states))
+        costs = np.full(len(rollouts), np.nan)
+        if self._cost is not None:
+            of_cost = self._states_for(self._cost.layers, found.states)
+            costs = self._cost(prompts, closed, of_cost).double().numpy()
         rewards = robust_rewards(belief, self._robust).double().numpy()
         variances = belief.variance.double().numpy()
         members = belief.head_rewards.float().numpy()
@@ -91,6 +109,7 @@ class ResponseScorer:
                 reward=float(rewards[row]),
                 reward_variance=float(variances[row]),
                 reference_token_logps=logps[: len(rollout.response_ids)].copy(),
+                cost=float(costs[row]),
                 head_rewards=members[row].copy() if belief.num_heads > 1 else None,
                 head_scales=None if scales is None else scales[row].copy(),
             )
@@ -106,8 +125,14 @@ class ResponseScorer:
             responses,
             layout=self._layout,
             pad_token_id=self._pad_id,
-            layers=self._reward.layers,
+            layers=self._layers,
         )
+
+    def _states_for(self, layers: tuple[int, ...] | None, states: torch.Tensor | None) -> torch.Tensor | None:
+        """Of all layers that were kept, those that one model reads, in its order."""
+        if layers is None or states is None or self._layers is None:
+            return None
+        return states[:, [self._layers.index(layer) for layer in layers]]
 
     def peak_memory(self) -> tuple[float, float]:
         """Largest resident and largest device memory of this process since its start, MiB."""

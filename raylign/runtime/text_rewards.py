@@ -84,25 +84,41 @@ def make_text_reward(
 
 
 def _external(tokenizer: Any, reward_model: RewardModelSection, options: ActorOptions) -> TextReward:
-    from transformers import AutoTokenizer
-
     assert reward_model.model is not None  # refused by the configuration
     path = resolve_model(reward_model.model, key="reward_model.model")
-    try:
-        own = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ModelError(f"reward model {path} has no tokenizer that transformers can load: {error}") from error
-    dtype = weights_dtype(options.policy, actor_device(options.num_gpus))
-    model = load_external(path, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    is_same = own.chat_template == tokenizer.chat_template and own.get_vocab() == tokenizer.get_vocab()
+    model, own = load_foreign(path, tokenizer, options, key="reward_model.model")
     return TextReward(
         on_device(model, options.policy, options.num_gpus),
         tokenizer,
-        own_tokenizer=None if is_same else own,
+        own_tokenizer=own,
         column=reward_column(model.config, reward_model.label, where=path),
         is_cost=reward_model.is_cost,
         batch_tokens=reward_model.batch_tokens,
     )
+
+
+def load_foreign(path: str, tokenizer: Any, options: ActorOptions, *, key: str) -> tuple[Any, Any]:
+    """Somebody's classifier on the CPU, and its tokenizer, None when it is the policy's.
+
+    Args:
+        path: directory of the classifier.
+        tokenizer: of the policy.
+        options: size and number types of the actor.
+        key: configuration key that names the classifier.
+
+    Raises:
+        ModelError: a classifier or tokenizer that cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelError(f"classifier {path} ({key}) has no tokenizer that transformers can load: {error}") from error
+    dtype = weights_dtype(options.policy, actor_device(options.num_gpus))
+    model = load_external(path, dtype=dtype, trust_remote_code=options.trust_remote_code, key=key)
+    is_same = own.chat_template == tokenizer.chat_template and own.get_vocab() == tokenizer.get_vocab()
+    return model, None if is_same else own
 
 
 def read_facts(directory: Path) -> dict[str, Any]:

@@ -16,11 +16,21 @@ from raylign.assets import (
     PAIRS,
     REFUSAL_LABELS,
     TINY_CHAT,
+    TINY_COST,
     TINY_JUDGE,
     AssetNotFoundError,
     asset_path,
 )
-from raylign.errors import RaylignError
+from raylign.config import CostModelSection
+from raylign.errors import ModelError, RaylignError
+from raylign.evaluation.cost_quality import cost_quality
+from raylign.evaluation.judges import sign_rows
+from raylign.evaluation.refusal import load_refusal_labels
+from raylign.models.loading import model_fingerprint
+from raylign.runtime.cost_scorer import make_cost_scorer
+from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.fitted_cost import embedded_cost
+from raylign.types import Message
 
 
 def read_pairs() -> list[dict]:
@@ -90,7 +100,7 @@ def test_notice_names_every_file():
             assert f"`{entry.name}" in notice
 
 
-@pytest.mark.parametrize("name", [TINY_CHAT, TINY_JUDGE])
+@pytest.mark.parametrize("name", [TINY_CHAT, TINY_COST, TINY_JUDGE])
 def test_model_cards_state_the_licence(name):
     card = (asset_path(name) / "README.md").read_text(encoding="utf-8")
     assert "non-commercial research use only" in card
@@ -99,10 +109,36 @@ def test_model_cards_state_the_licence(name):
     assert not re.search(r"(?:^|\s)/\w+/", card), "a path of the machine that built it"
 
 
-@pytest.mark.parametrize("name", [TINY_CHAT, TINY_JUDGE])
+@pytest.mark.parametrize("name", [TINY_CHAT, TINY_COST, TINY_JUDGE])
 def test_models_are_safetensors_without_code(name):
     suffixes = {file.suffix for file in asset_path(name).iterdir()}
     assert suffixes <= {".json", ".safetensors", ".jinja", ".md"}
+
+
+def test_the_cost_head_is_small_and_bound_to_the_policy_that_ships():
+    files = list(asset_path(TINY_COST).iterdir())
+    assert sum(file.stat().st_size for file in files) < 200_000
+    fingerprint = model_fingerprint(asset_path(TINY_CHAT))
+    fitted = embedded_cost(fingerprint)
+    assert fitted.layers == (1, 2, 3, 4, 5, 6)
+    assert not fitted.heads  # nothing in it saw a fold of a run
+    assert f"`{fingerprint}`" in (asset_path(TINY_COST) / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ModelError, match=r"cost_model\.source=labels or external"):
+        embedded_cost("another")
+
+
+def test_the_cost_head_prices_compliance_above_refusal():
+    """Human labels that it was not fitted to; the card states the same over all of them."""
+    known = sign_rows(load_refusal_labels())
+    rows = known[:16] + known[-16:]
+    options = ActorOptions(dtype="float32")
+    scorer = make_cost_scorer(
+        str(asset_path(TINY_CHAT)), str(asset_path(TINY_COST)), cost_model=CostModelSection(), options=options
+    )
+    costs = scorer([(Message(role="user", content=row.prompt),) for row in rows], [row.response for row in rows])
+    quality = cost_quality(costs, [row.label == "full_compliance" for row in rows])
+    assert quality.auc.low > 0.5
+    assert quality.accuracy > 0.7
 
 
 def test_compressed_files_carry_no_timestamp():

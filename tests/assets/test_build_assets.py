@@ -13,11 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.asset_corpus import forbidden_prompts, is_policy_prompt, normalise_prompt, read_corpus, read_rows
+from launch.asset_cost import cost_answers
 from launch.asset_data import HARMFUL_QUOTAS
 from launch.asset_plan import AssetBudget, AssetSources
 from launch.asset_rows import judge_rows, policy_chats
 from launch.build_assets import build_assets, main
 from raylign.errors import ConfigError, DataNotFoundError, ModelError
+from raylign.models.loading import model_fingerprint
+from raylign.runtime.fitted_cost import FittedCost
 
 NOUNS = ("river", "garden", "engine", "letter", "market", "window", "forest", "teacher", "bridge", "kitchen")
 VERBS = ("opens", "closes", "paints", "finds", "sells", "moves", "follows", "builds", "watches", "carries")
@@ -221,3 +224,33 @@ def test_corpus_drops_forbidden_and_judge_prompts(sources, tmp_path):
     corpus = read_corpus([path], forbidden=forbidden, max_words=50)
     assert len(corpus.train) + len(corpus.heldout) == 1
     assert corpus.num_dropped == {"forbidden prompt": 1}
+
+
+def test_cost_head_is_bound_to_the_policy_it_was_built_for(built):
+    output, work = built
+    fitted = FittedCost.load(output / "tiny_cost")
+    assert fitted.model == model_fingerprint(output / "tiny_chat")
+    assert fitted.layers == (1, 2)
+    record = json.loads((work / "cost.json").read_text())
+    card = (output / "tiny_cost" / "README.md").read_text()
+    assert f"probability {record['test']['all']['auc']:.3f} (AUC)" in card
+    assert "non-commercial research use only" in card
+
+
+def test_cost_head_and_judge_learn_from_different_prompts(sources):
+    forbidden = {
+        for_judge: forbidden_prompts(
+            eval_prompts=sources.eval_prompts, pairs=[sources.pairs], labels=[sources.labels], for_judge=for_judge
+        )
+        for for_judge in (False, True)
+    }
+    cost = cost_answers(sources.labels, forbidden=forbidden[False], seed=0)
+    judge = judge_rows(sources.labels, forbidden=forbidden[True], seed=0)
+
+    def prompts(*parts) -> set[str]:
+        return {row.messages[0]["content"] for part in parts for row in part}
+
+    assert not prompts(cost.train, cost.valid) & prompts(judge.train, judge.valid, cost.test)
+    assert not prompts(cost.train) & prompts(cost.valid)
+    assert prompts(cost.test) == prompts(judge.test)
+    assert {row.is_unsafe for row in cost.train} == {True, False}

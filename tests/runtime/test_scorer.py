@@ -13,21 +13,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raylign.config import RobustSection
+from raylign.config import CostModelSection, RobustSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.data.tokenization import end_of_response_id
 from raylign.evaluation.generation import encode_prompt
+from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.scoring import RewardScorer, StatesReward
 from raylign.models.loading import load_config, load_tokenizer, resolve_layout, resolve_model
 from raylign.models.numerics import load_reference
 from raylign.rewards.hybrid import HybridReward
+from raylign.runtime.cost_scorer import make_cost_scorer
 from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.fitted_cost import FittedCost
 from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.scorer import ResponseScorer
 from raylign.types import Message, Rollout
 
 MODEL = resolve_model("embedded")
 LAYERS = (3, 1)  # neither all layers nor in their order
+COST_LAYERS = (1, 5)  # one that the reward reads too, at another place, and one that it does not
 QUESTIONS = ("How do I bake bread?", "Hi", "Tell me why the sky is blue.")
 ANSWERS = ("Warm water, flour and time.", "No.", "I would rather not talk about that, sorry.", "Ask", "It scatters")
 
@@ -76,6 +80,21 @@ def make_scorer(reward_dir):
 @pytest.fixture(scope="module")
 def scorer(make_scorer):
     return make_scorer(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def cost_dir(tmp_path_factory):
+    """A saved cost model whose fold heads are others than the head for everything else."""
+    directory = tmp_path_factory.mktemp("cost")
+    heads = (random_head(4), random_head(5))
+    FittedCost(source="labels", full=random_head(3), heads=heads, layers=COST_LAYERS, model="m").save(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def pricing_scorer(reward_dir, cost_dir):
+    options = ActorOptions(dtype="float32", num_cpus=torch.get_num_threads())
+    return ResponseScorer(MODEL, reward_dir, LAYERS, RobustSection(), options, cost_dir=cost_dir)
 
 
 @pytest.fixture
@@ -200,3 +219,56 @@ def test_a_response_that_another_stop_token_ended_has_the_reward_of_its_text(sco
     np.testing.assert_allclose(found.reference_token_logps[:-1], wanted.reference_token_logps[:-1], atol=1e-4)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     np.testing.assert_allclose(found.reference_token_logps, plain_logps(model, other), atol=1e-4)
+
+
+def test_costs_of_ended_responses_are_the_costs_of_the_texts(scorer, pricing_scorer, make_rollout, cost_dir):
+    """The plain path reads the layers of the cost alone; the scorer takes them out of one forward for both models."""
+    pairs = [(0, ANSWERS[0]), (1, ANSWERS[1]), (0, ANSWERS[2]), (0, ANSWERS[3]), (2, ANSWERS[4])]
+    of_texts = make_cost_scorer(MODEL, cost_dir, cost_model=CostModelSection(), options=ActorOptions(dtype="float32"))
+    expected = of_texts([conversation(question) for question, _ in pairs], [answer for _, answer in pairs])
+    assert smallest_gap(expected) > 1e-3
+    rollouts = [make_rollout(question, answer) for question, answer in pairs]
+    found, unpriced = pricing_scorer.score(rollouts), scorer.score(rollouts)
+    np.testing.assert_allclose([item.cost for item in found], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose([a.reward for a in found], [b.reward for b in unpriced], rtol=0, atol=1e-6)
+    assert np.isnan([item.cost for item in unpriced]).all()
+
+
+def test_a_response_is_closed_for_its_cost_as_for_its_reward(pricing_scorer, make_rollout):
+    cut, closed = (make_rollout(0, ANSWERS[0], ended=ended) for ended in (False, True))
+    other = make_rollout(0, ANSWERS[0])
+    other.response_ids[-1] = 4  # another stop token
+    unclosed = dataclasses.replace(cut, reached_end=True)
+    costs = [pricing_scorer.score([rollout])[0].cost for rollout in (cut, closed, other, unclosed)]
+    assert costs[:3] == pytest.approx([costs[1]] * 3, abs=1e-5)
+    assert abs(costs[3] - costs[1]) > 1e-2
+
+
+def test_one_forward_serves_reward_and_cost(pricing_scorer, make_rollout, monkeypatch):
+    calls = []
+    forward = pricing_scorer._forward_of
+    monkeypatch.setattr(pricing_scorer, "_forward_of", lambda *args: calls.append(len(args[0])) or forward(*args))
+    rollouts = odd_groups(make_rollout)
+    together = pricing_scorer.score(rollouts)
+    assert calls == [len(rollouts)]
+    alone = [pricing_scorer.score([rollout])[0].cost for rollout in rollouts]
+    np.testing.assert_allclose([item.cost for item in together], alone, rtol=0, atol=1e-5)
+
+
+def test_an_external_classifier_prices_as_the_judge_does(reward_dir, tmp_path, make_rollout):
+    FittedCost(source="external", model="judge").save(tmp_path)
+    options = ActorOptions(dtype="float32", num_cpus=torch.get_num_threads())
+    scorer = ResponseScorer(
+        MODEL,
+        reward_dir,
+        LAYERS,
+        RobustSection(),
+        options,
+        cost_dir=str(tmp_path),
+        cost_model=CostModelSection(source="external", model="embedded"),
+    )
+    pairs = [(0, ANSWERS[0]), (1, ANSWERS[1]), (2, ANSWERS[4])]
+    found = scorer.score([make_rollout(question, answer) for question, answer in pairs])
+    expected = SafetyJudge("embedded").cost([QUESTIONS[question] for question, _ in pairs], [a for _, a in pairs])
+    assert smallest_gap(expected) > 1e-3
+    np.testing.assert_allclose([item.cost for item in found], expected, rtol=0, atol=1e-3)
