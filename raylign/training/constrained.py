@@ -46,7 +46,10 @@ class RoundConstraint:
 
 def start_multiplier(settings: ConstraintSection) -> MultiplierState | None:
     """The multiplier before the first round, None without a constraint."""
-    return None if settings.kind == "none" else MultiplierState(value=settings.multiplier)
+    if settings.kind == "none":
+        return None
+    assert settings.multiplier != "dual"  # of stored pairs; check_effects has refused it here
+    return MultiplierState(value=settings.multiplier)
 
 
 def multiplier_rule(settings: ConstraintSection) -> MultiplierRule:
