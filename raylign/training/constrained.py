@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from raylign.config import ConstraintSection
-from raylign.constraints.multipliers import MultiplierRule, MultiplierState, advance, is_at_cap
+from raylign.constraints.multipliers import MultiplierRule, MultiplierState, Statistic, advance, is_at_cap
 from raylign.constraints.rectified import Variant, is_unsafe
 from raylign.constraints.violations import violations
 from raylign.errors import CheckpointError, TrainingError
@@ -56,10 +56,10 @@ def multiplier_rule(settings: ConstraintSection) -> MultiplierRule:
     """How the multiplier of a constraint moves; that of a fixed penalty does not."""
     if settings.kind == "fixed_penalty":
         return MultiplierRule(statistic="rectified", space="linear", learning_rate=0.0)
-    sees_mean = settings.kind in ("expected", "rectified_mean")
+    of_mean: dict[str, Statistic] = {"expected": "expected", "rectified_mean": "rectified_mean"}
     return MultiplierRule(
-        statistic={"expected": "expected", "rectified_mean": "rectified_mean"}.get(settings.kind, "rectified"),
-        target=settings.threshold if sees_mean else settings.tolerance,
+        statistic=of_mean.get(settings.kind, "rectified"),
+        target=settings.threshold if settings.kind in of_mean else settings.tolerance,
         space=settings.multiplier_space,
         learning_rate=settings.multiplier_learning_rate,
         maximum=settings.multiplier_max,
