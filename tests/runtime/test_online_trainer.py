@@ -29,7 +29,10 @@ from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.training.rounds import RoundStore
 
 NUM_ROUNDS = 2
+W_NOMINAL = 0.3
 SECTIONS = {
+    "reward": {"kind": "brme", "num_heads": 3},
+    "robust": {"w_nominal": W_NOMINAL},
     "online": {"num_rounds": NUM_ROUNDS, "prompts_per_round": 8, "num_samples": 2},
     "sampler": {"max_new_tokens": 12, "timeout_s": 120},
 }
@@ -52,7 +55,8 @@ def scored(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Score
     storage = tmp_path_factory.mktemp("storage")
     pairs = raylign.ingest("embedded", storage=storage, max_pairs=60)
     features = raylign.extract_features(pairs, storage=storage)
-    return Scored(pairs, raylign.fit_reward(features, folds=2, epochs=1), storage)
+    reward = raylign.fit_reward(features, kind="brme", num_heads=3, folds=2, epochs=1, config={"brme": {"epochs": 1}})
+    return Scored(pairs, reward, storage)
 
 
 def run(scored: Scored, storage: Path, *, name: str, resume: bool = False, **train: Any) -> ray.train.Result:
@@ -83,7 +87,15 @@ def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Scored, tmp_
         round_ = store.read(index)
         assert len(round_.scored) == 16
         assert {item.rollout.weight_version for item in round_.scored} == {index + 1}
-        assert all(np.isfinite(item.reward) for item in round_.scored)
+        for item in round_.scored:
+            assert item.head_rewards is not None and item.head_scales is not None
+            nominal = item.head_rewards[item.head_scales.argmin()]
+            mixed = W_NOMINAL * nominal + (1 - W_NOMINAL) * item.head_rewards.min()
+            assert item.reward == pytest.approx(float(mixed), abs=1e-5)
+            assert item.reward_variance > 0
+        end = ends[index]
+        assert sum(end[f"reward/argmin_share/{head}"] for head in range(3)) == pytest.approx(1)
+        assert end["reward/disagreement"] > 0
     # the first round is sampled by the reference itself, so that its log-probabilities are the sampler's
     for item in store.read(0).scored:
         np.testing.assert_allclose(item.rollout.sampler_logps, item.reference_token_logps, atol=2e-4)
