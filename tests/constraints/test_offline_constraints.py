@@ -43,8 +43,12 @@ def confidences(score: np.ndarray, **options: object) -> torch.Tensor:
     return label_confidence(first, second, floor=0.0, level="pair", **settings).reshape(len(score), -1)
 
 
-def fixed_point(gamma: torch.Tensor, beta: float) -> np.ndarray:
-    """Policy (X, 8) that Newton's method reaches from the uniform reference on the exact expectation of the loss."""
+def fixed_point(gamma: torch.Tensor, beta: float, weight: torch.Tensor | None = None) -> np.ndarray:
+    """Policy (X, 8) that Newton's method reaches from the uniform reference on the exact expectation of the loss.
+
+    Pairs of weight 0 are not stored; answers that no chain of pairs connects keep their order of the reference.
+    """
+    weight = torch.ones_like(gamma) if weight is None else weight
     logits = torch.zeros(len(gamma), 8, dtype=torch.float64, requires_grad=True)
     incidence = torch.zeros(28, 8, dtype=torch.float64)
     incidence[range(28), FIRST], incidence[range(28), SECOND] = 1.0, -1.0
@@ -52,7 +56,7 @@ def fixed_point(gamma: torch.Tensor, beta: float) -> np.ndarray:
     def losses(values: torch.Tensor) -> torch.Tensor:
         margin = values @ incidence.T
         loss = confidence_loss(margin.reshape(-1), gamma.reshape(-1), beta=beta)
-        return loss.reshape(gamma.shape).mean(1)
+        return (weight * loss.reshape(gamma.shape)).mean(1)
 
     for _ in range(200):
         before = losses(logits)
@@ -60,7 +64,7 @@ def fixed_point(gamma: torch.Tensor, beta: float) -> np.ndarray:
         if float(gradient.abs().max()) < 1e-12:
             break
         slope = torch.sigmoid(beta * (logits.detach() @ incidence.T))
-        curvature = beta**2 * slope * (1 - slope) / 28
+        curvature = weight * beta**2 * slope * (1 - slope) / 28
         hessian = torch.einsum("pi,xp,pj->xij", incidence, curvature, incidence)
         hessian = hessian + torch.diag_embed(1e-13 + 1e-3 * gradient.norm(dim=1, keepdim=True).expand(-1, 8))
         step = torch.linalg.solve(hessian, gradient)
@@ -97,6 +101,30 @@ def test_fixed_point_of_the_loss_is_the_constrained_optimum(kind: str, multiplie
     }
     row = ((policy * reward).sum(1).mean(), found.mean_cost, found.safety_rate)
     assert row == pytest.approx(rows[kind, multiplier], abs=5.1e-4)
+
+
+def test_few_pairs_per_prompt_end_between_the_reference_and_the_optimum() -> None:
+    """One stored pair fixes one ratio: most of what a constraint could do needs more answers per prompt."""
+    reward, cost = constraint_table()
+    gamma = confidences(reward - 5 * np.maximum(cost, 0))
+    rates = {}
+    for num in (1, 4, 16):
+        found = []
+        for seed in range(6):
+            order = np.random.default_rng(seed).random((64, 28)).argsort(1)
+            policy = fixed_point(gamma, BETA, torch.from_numpy(1.0 * (order < num)))
+            found.append(table_violations(policy, cost).safety_rate)
+        rates[num] = np.mean(found)
+    assert 0.543 < rates[1] < rates[4] < rates[16] < 0.8985
+    assert rates[1] == pytest.approx(0.643, abs=0.02)
+
+
+def test_any_connected_pairs_have_the_whole_fixed_point_whatever_their_weights() -> None:
+    reward, cost = constraint_table()
+    score = reward - np.maximum(cost, 0)
+    chain = torch.from_numpy(1.0 * (SECOND - FIRST == 1))  # 0-1, 1-2, ..., 6-7
+    weight = chain * torch.linspace(0.2, 3, 64 * 28, dtype=torch.float64).reshape(64, 28)
+    np.testing.assert_allclose(fixed_point(confidences(score), BETA, weight), gibbs(score), atol=1e-6)
 
 
 def test_temperature_and_beta_multiply() -> None:
