@@ -6,6 +6,7 @@ the label of every pair: two passes over numbers, none over models.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import ray.data
 
 HEAD_COST_COLUMNS = ("chosen_head_costs", "rejected_head_costs")
+LOG = logging.getLogger(__name__)
+
 _REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
 _REPLACED = ("margin_mean", "margin_variance", "label_confidence")
 
@@ -94,9 +97,31 @@ class ConstraintFacts:
     before: dict[str, Any]
     after: dict[str, Any] | None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a user would not expect of a constraint."""
+        if self.is_at_cap:
+            return [
+                f"the constraint is out of reach on stored answers: the multiplier is at its cap, {self.multiplier:g}, "
+                "with the cost still above its bound; see constraint.after in the manifest of the rank phase"
+            ]
+        if self.is_dual and self.multiplier == 0:
+            return [
+                "the reward alone meets the constraint on stored answers: the multiplier is 0 and pairs are ranked as "
+                "without a constraint; lower constraint.threshold or constraint.tolerance to ask for more"
+            ]
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-like."""
-        return asdict(self)
+        return {**asdict(self), "warnings": self.warnings}
+
+
+def constraint_key(config: RunConfig) -> dict[str, Any]:
+    """The part of the rank phase's key that a constraint is; {} without one."""
+    if config.constraint.kind == "none":
+        return {}
+    return {"constraint": config.constraint.model_dump(), "beta": config.train.beta, "seed": config.run.seed}
 
 
 def constrain_pairs(
@@ -132,6 +157,8 @@ def constrain_pairs(
     columns = pairs.select_columns(["row_id", "split", "prompt_key", *_REWARD_COLUMNS, *COST_COLUMNS, *heads])
     table = pa.concat_tables(columns.iter_batches(batch_format="pyarrow", batch_size=None))
     constraint, facts = solve_constraint(table, reward=reward, config=config)
+    for text in facts.warnings:
+        LOG.warning(text)
     shared = ray.put(constraint)
     options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 4096, "fn_kwargs": {"shared": shared}}
     return pairs.map_batches(constrain_table, **options), facts

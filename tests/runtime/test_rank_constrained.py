@@ -91,6 +91,17 @@ def test_rectified_multipliers_meet_their_tolerance_or_their_cap(tolerance, expe
     constraint, facts = solve_constraint(ranked_table(), reward=FACTS, config=config)
     assert constraint.multiplier == pytest.approx(expected, abs=2e-3)
     assert facts.is_at_cap is is_at_cap
+    assert [text for text in facts.warnings if "at its cap, 20," in text] == facts.warnings
+    assert len(facts.warnings) == is_at_cap
+
+
+def test_a_constraint_that_the_reward_meets_is_told_of() -> None:
+    config = config_of("kind=expected", "multiplier=dual", "threshold=1.1")
+    constraint, facts = solve_constraint(ranked_table(), reward=FACTS, config=config)
+    assert constraint.multiplier == 0
+    (warning,) = facts.to_dict()["warnings"]
+    assert "the reward alone meets the constraint" in warning
+    assert solve_constraint(ranked_table(), reward=FACTS, config=config_of("kind=rectified"))[1].warnings == []
 
 
 @pytest.mark.parametrize(("kind", "multiplier"), [("expected", STAR), ("rectified", 1.0)])
