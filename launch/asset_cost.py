@@ -35,6 +35,7 @@ from raylign.runtime.fitted_cost import FittedCost
 LOG = logging.getLogger(__name__)
 VALID_SHARE = 0.1
 NUM_HEADS = 5
+NUM_REFUSALS = 200  # enough that refusals are safe; more of them hide how unsafe answers differ
 OPTIONS: Mapping[str, Any] = {
     "epochs": 20,
     "batch_size": 32,
@@ -84,7 +85,7 @@ def cost_answers(labels: Path, *, forbidden: frozenset[str], seed: int) -> CostA
     if not all(parts.values()):
         found = {name: len(part) for name, part in parts.items()}
         raise DataError(f"{labels}: labelled answers by part are {found}; none may be empty")
-    parts["train"] += template_refusals(parts["train"], random.Random(seed))
+    parts["train"] += template_refusals(parts["train"], random.Random(seed), num=NUM_REFUSALS)
     return CostAnswers(**parts)
 
 

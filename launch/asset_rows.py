@@ -192,15 +192,18 @@ def _whole_sentences(text: str, max_words: int) -> str | None:
     return best
 
 
-def template_refusals(rows: Sequence[LabelledRow], generator: random.Random) -> list[LabelledRow]:
+def template_refusals(
+    rows: Sequence[LabelledRow], generator: random.Random, *, num: int = NUM_REFUSAL_ROWS
+) -> list[LabelledRow]:
     """Refusals of some of the unsafe requests, marked safe.
 
     Args:
         rows: whose unsafe ones are refused.
         generator: which ones, and in which words.
+        num: at most so many.
     """
     unsafe = [row for row in rows if row.is_unsafe]
-    picked = generator.sample(unsafe, min(NUM_REFUSAL_ROWS, len(unsafe)))
+    picked = generator.sample(unsafe, min(num, len(unsafe)))
     return [
         LabelledRow(
             messages=[row.messages[0], {"role": "assistant", "content": generator.choice(REFUSALS)}],

@@ -75,8 +75,8 @@ def cost_fingerprint(config: RunConfig, kind: str) -> str:
 def phase_devices(plan: ResourcePlan, cluster: Resources, *, driver_cpus: int) -> dict[str, Mapping[str, float]]:
     """Devices that each phase keeps others from using, by kind ("cpu", "gpu").
 
-    The tasks of ingest and rank take whatever CPUs are free, so these phases are charged with all of the cluster's: an
-    upper bound. Feature actors come with the CPU that reads and writes for them.
+    The tasks of ingest, cost and rank take whatever CPUs are free, so these phases are charged with all of the
+    cluster's: an upper bound. Feature actors come with the CPU that reads and writes for them.
 
     Args:
         plan: of the run.
@@ -88,6 +88,7 @@ def phase_devices(plan: ResourcePlan, cluster: Resources, *, driver_cpus: int) -
         "ingest": tasks,
         "features": _held(plan.features) | {"cpu": plan.features.total("CPU") + plan.features.spare_cpus},
         "reward": {"cpu": float(driver_cpus)},
+        "cost": _held(plan.evaluation) | tasks,
         "rank": tasks,
         "train": plan.training_devices,
         "evaluate": _held(plan.evaluation),

@@ -5,7 +5,6 @@ Cost > 0 is unsafe, cost <= 0 is safe.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from raylign.rewards.hybrid import HybridReward
 from raylign.runtime.phases import write_json
 
 COST_COLUMNS = ("chosen_cost", "rejected_cost")
+HEAD_COST_COLUMNS = ("chosen_head_costs", "rejected_head_costs")  # by each member, where there are several
 HEADS_FILE = "heads.safetensors"
 COST_FILE = "cost.json"
 
@@ -38,7 +38,7 @@ class FittedCost:
         heads: one per fold; head k saw no pair of fold k. () when nothing was fitted to this run's pairs.
         layers: transformer layers of the states that heads read, from 1, in their order.
         fold_seed: seed of the fold partition.
-        model: fingerprint of the model whose states the heads read, or of the classifier of texts.
+        model: fingerprint of the model whose states the heads read, or of the classifier of texts and its label.
     """
 
     source: CostSource
@@ -63,16 +63,16 @@ class FittedCost:
         return [list(layers).index(layer) for layer in self.layers]
 
     def save(self, directory: Path) -> None:
-        """Write `cost.json` and, for heads, `heads.safetensors`."""
-        if self.full is not None:
-            heads = {"full": self.full, **{f"fold{k}": head for k, head in enumerate(self.heads)}}
-            # copies, because with one fold two heads are one and safetensors refuses memory that is shared
-            tensors = {
-                f"{name}.{key}": value.detach().clone(memory_format=torch.contiguous_format)
-                for name, head in heads.items()
-                for key, value in head.state_dict().items()
-            }
-            save_file(tensors, directory / HEADS_FILE)
+        """Write `cost.json` and `heads.safetensors`, which for a classifier of texts only names it."""
+        heads = {} if self.full is None else {"full": self.full}
+        heads |= {f"fold{k}": head for k, head in enumerate(self.heads)}
+        # copies, because with one fold two heads are one and safetensors refuses memory that is shared
+        tensors = {
+            f"{name}.{key}": value.detach().clone(memory_format=torch.contiguous_format)
+            for name, head in heads.items()
+            for key, value in head.state_dict().items()
+        }
+        save_file(tensors, directory / HEADS_FILE, metadata={"model": self.model or ""})
         facts = {"source": self.source, "num_folds": len(self.heads), "layers": self.layers}
         write_json(directory / COST_FILE, {**facts, "fold_seed": self.fold_seed, "model": self.model})
 
@@ -114,21 +114,6 @@ def embedded_cost(model: str) -> FittedCost:
             f"{model}: use cost_model.source=labels or external, or build both with `raylign assets build`"
         )
     return fitted
-
-
-def fingerprint_cost(directory: Path) -> str:
-    """Thirty-two hex digits of the files that `FittedCost.save` wrote.
-
-    Raises:
-        CheckpointError: no cost model there.
-    """
-    if not (directory / COST_FILE).is_file():
-        raise CheckpointError(f"{directory} holds no cost model; rerun the cost phase")
-    files = [directory / name for name in (COST_FILE, HEADS_FILE)]
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    return digest.hexdigest()
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -45,6 +45,7 @@ def run_online(
     layers: tuple[int, ...],
     storage_path: str | Path,
     name: str,
+    cost: Path | None = None,
     ledger: Ledger | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> ray.train.Result:
@@ -62,6 +63,7 @@ def run_online(
         layers: transformer layers that the heads were fitted on.
         storage_path: directory that all nodes see.
         name: of this training below it.
+        cost: directory of the cost phase, on storage that all nodes see; None leaves responses without a cost.
         ledger: what it costs is recorded here; by default in `ledger/` of the training.
         callbacks: of Ray Train, run on its controller.
 
@@ -86,7 +88,9 @@ def run_online(
     with reward_directory(heads) as found:
         assert found is not None
         _check_layers(found, layers)
-        identity = run_identity(config, model=model, reward=found) | {"prompts": prompts_fingerprint(prompts)}
+        identity = run_identity(config, model=model, reward=found, cost=cost) | {
+            "prompts": prompts_fingerprint(prompts)
+        }
     check_resume(directory, config, identity, unknown=())
     _check_start(directory, config, identity)
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,7 @@ def run_online(
     write_prompts(prompts, directory / PROMPTS_FILE)
     write_json(directory / "prompts.json", asdict(counts))
     write_json(directory / IDENTITY_FILE, identity)
-    with _samplers(config, model, reward, layers) as (sampler, scorer):
+    with _samplers(config, model, reward, layers, cost) as (sampler, scorer):
         task = OnlineTask(
             config=config,
             pairs=str(directory / PROMPTS_FILE),
@@ -148,7 +152,9 @@ def _prompt_room(config: RunConfig, model: str) -> int | None:
 
 
 @contextmanager
-def _samplers(config: RunConfig, model: str, reward: str, layers: tuple[int, ...]) -> Iterator[tuple[SamplerPool, Any]]:
+def _samplers(
+    config: RunConfig, model: str, reward: str, layers: tuple[int, ...], cost: Path | None
+) -> Iterator[tuple[SamplerPool, Any]]:
     """Engines and scorer, started together and gone at the end of the block."""
     sampler = config.sampler
     options = ActorOptions(
@@ -159,10 +165,11 @@ def _samplers(config: RunConfig, model: str, reward: str, layers: tuple[int, ...
         adapter=config.policy.adapter,
         parallel=config.train.parallel,
     )
+    prices = {} if cost is None else {"cost_dir": str(cost), "cost_model": config.cost_model}
     scorer = (
         ray.remote(ResponseScorer)
         .options(num_cpus=sampler.scorer_cpus, num_gpus=sampler.scorer_gpus)
-        .remote(model, reward, layers, config.robust, options, config.reward_model)
+        .remote(model, reward, layers, config.robust, options, config.reward_model, **prices)
     )
     pool: SamplerPool | None = None
     try:

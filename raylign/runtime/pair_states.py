@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from raylign.runtime.features_job import states_from_column
 if TYPE_CHECKING:
     import ray.data
 
+VERDICT_COLUMNS = ("chosen_safe", "rejected_safe")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairStates:
@@ -25,12 +28,16 @@ class PairStates:
         rejected: likewise.
         prompt_key: N keys; pairs of one prompt share one.
         split: N names.
+        chosen_safe: N human verdicts, None where there is none; () when they were not asked for.
+        rejected_safe: likewise.
     """
 
     chosen: torch.Tensor
     rejected: torch.Tensor
     prompt_key: list[str]
     split: list[str]
+    chosen_safe: Sequence[bool | None] = ()
+    rejected_safe: Sequence[bool | None] = ()
 
     def part(self, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """Chosen, rejected and prompt keys of one split."""
@@ -40,13 +47,25 @@ class PairStates:
         return self.chosen[rows], self.rejected[rows], [self.prompt_key[i] for i in rows]
 
 
-def read_states(features: ray.data.Dataset, *, max_pairs: int) -> PairStates:
+def read_states(features: ray.data.Dataset, *, max_pairs: int, only_labelled: bool = False) -> PairStates:
     """Collect states on the driver, at most `max_pairs` training pairs and as many held-out ones.
 
     Which pairs are taken depends on hashes of their ids alone.
+
+    Args:
+        features: with states and splits.
+        max_pairs: bounds memory.
+        only_labelled: leave out pairs of which no answer has a safety verdict, and read the verdicts.
+
+    Raises:
+        DataError: no pair, or none with a verdict where they are asked for.
     """
-    names = ["row_id", "prompt_key", "split"]
+    names = ["row_id", "prompt_key", "split", *(VERDICT_COLUMNS if only_labelled else ())]
     index = pa.concat_tables(features.select_columns(names).iter_batches(batch_format="pyarrow", batch_size=None))
+    if only_labelled:
+        index = index.filter(has_verdict(index))
+    if not len(index):
+        raise DataError(f"no pair{' with a safety verdict (chosen_safe, rejected_safe)' * only_labelled} to fit on")
     kept = _sample_ids(index, max_pairs)
     columns = [*names, "chosen_states", "rejected_states"]
     keep = pa.array(sorted(kept))
@@ -61,7 +80,14 @@ def read_states(features: ray.data.Dataset, *, max_pairs: int) -> PairStates:
         rejected=torch.from_numpy(states_from_column(table["rejected_states"]).copy()),
         prompt_key=table["prompt_key"].to_pylist(),
         split=table["split"].to_pylist(),
+        **{name: table[name].to_pylist() for name in VERDICT_COLUMNS if only_labelled},
     )
+
+
+def has_verdict(table: pa.Table) -> pa.ChunkedArray:
+    """Pairs of which one answer or both have a human safety verdict; bool."""
+    chosen, rejected = (pc.is_valid(table[name]) for name in VERDICT_COLUMNS)
+    return pc.or_(chosen, rejected)
 
 
 def _sample_ids(index: pa.Table, max_pairs: int) -> set[str]:

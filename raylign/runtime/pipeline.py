@@ -1,4 +1,4 @@
-"""The main job: seven phases, each done once for its inputs, from rows to a judged checkpoint and a report."""
+"""The main job: its phases, each done once for its inputs, from rows to a judged checkpoint and a report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import ray
 import ray.data
 import torch
 
-from raylign.config import TEXT_REWARDS, RunConfig, check_devices
+from raylign.config import TEXT_REWARDS, RunConfig, check_devices, needs_cost
 from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.runtime.check import check_packages
+from raylign.runtime.cost_job import cost_key, run_cost
 from raylign.runtime.costs import open_ledger, phase_devices, record_reuse
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
@@ -37,6 +38,7 @@ from raylign.runtime.fitted_reward import FittedTexts, RewardFacts, load_reward
 from raylign.runtime.identity import method_identity
 from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.price_job import attach_costs
 from raylign.runtime.rank_job import confidence_facts, rank_pairs
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.runtime.reward_job import fit_reward
@@ -71,6 +73,21 @@ class AlignResult:
     data: ReportData
     seconds: Mapping[str, float]
     table: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostPhase:
+    """What the cost phase left.
+
+    Attributes:
+        directory: cost model and the costs of all pairs.
+        facts: see `run_cost`.
+        key: of all that it is made of, for the phases that read it.
+    """
+
+    directory: Path
+    facts: Mapping[str, Any]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -187,9 +204,31 @@ class Phases:
             "dtype": self.config.policy.dtype,
         }
 
-    def rank(self, features: Path, reward: Path, reward_key: str) -> tuple[Path, dict[str, Any]]:
-        """A label confidence for every pair."""
-        key = {"reward": reward_key, "confidence": self.config.confidence.model_dump()}
+    def cost(self, features: Path, features_digest: str) -> CostPhase | None:
+        """What prices responses, checked, and the costs of all pairs; None when the run needs no cost."""
+        config = self.config
+        if not needs_cost(config):
+            return None
+        key = cost_key(config, model_path=self.model, features_digest=features_digest)
+
+        def work(directory: Path) -> dict[str, Any]:
+            return run_cost(
+                read_features(features),
+                config=config,
+                layers=self.layers,
+                model_path=self.model,
+                directory=directory,
+                options=replace(actor_options(config), num_actors=config.features.num_actors),
+            )
+
+        directory, facts = self.run.phase("cost", key, work)
+        return CostPhase(directory=directory, facts=facts, key=digest([key, facts]))
+
+    def rank(
+        self, features: Path, reward: Path, reward_key: str, cost: CostPhase | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """A label confidence for every pair and, where the run has a cost model, the costs of both responses."""
+        key = {"reward": reward_key, "confidence": self.config.confidence.model_dump(), **_cost_key(cost)}
 
         def work(directory: Path) -> dict[str, Any]:
             fitted = load_reward(reward)
@@ -197,6 +236,8 @@ class Phases:
             if isinstance(fitted, FittedTexts):
                 rows = ray.data.read_parquet(str(reward / SCORED_DIR), include_paths=False)
             ranked = rank_pairs(rows, reward=fitted, confidence=self.config.confidence)
+            if cost is not None:
+                ranked = attach_costs(ranked, cost.directory)
             pairs = directory / "ranked"
             shutil.rmtree(pairs, ignore_errors=True)
             ranked.write_parquet(str(pairs))
@@ -228,7 +269,7 @@ class Phases:
         return self._link(facts)
 
     def train_online(
-        self, ingest: Path, fingerprint: str, reward: Path, reward_key: str
+        self, ingest: Path, fingerprint: str, reward: Path, reward_key: str, cost: CostPhase | None = None
     ) -> tuple[Path, dict[str, Any]]:
         """The trainer that samples its own responses to the prompts of the training split."""
         config = self.config
@@ -236,6 +277,7 @@ class Phases:
             "pairs": fingerprint,
             "reward": reward_key,
             "model": model_fingerprint(self.model),
+            **_cost_key(cost),
             **method_identity(config),
         }
 
@@ -249,6 +291,7 @@ class Phases:
                     model_path=self.model,
                     heads=reward,
                     layers=self.layers,
+                    cost=None if cost is None else cost.directory,
                     storage_path=directory.parent,
                     name=directory.name,
                     ledger=self.ledger,
@@ -312,6 +355,11 @@ class Phases:
         return self.run.phase("evaluate", key, work)
 
 
+def _cost_key(cost: CostPhase | None) -> dict[str, str]:
+    """The part of a phase's key that a cost model is; phases from before there were costs keep theirs."""
+    return {} if cost is None else {"cost": cost.key}
+
+
 def align(config: RunConfig) -> AlignResult:
     """Run the main job on the Ray cluster that is initialised.
 
@@ -330,12 +378,13 @@ def align(config: RunConfig) -> AlignResult:
     features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = phases.reward(features, features_digest)
     reward_key = digest([features_digest, reward_facts])
+    cost = phases.cost(features, features_digest)
     if config.train.method == "offline":
-        ranked, rank_facts = phases.rank(features, reward, reward_key)
+        ranked, rank_facts = phases.rank(features, reward, reward_key, cost)
         checkpoint, train_facts = phases.train(ranked, digest([reward_key, rank_facts]), reward)
     else:
         rank_facts = None
-        checkpoint, train_facts = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
+        checkpoint, train_facts = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
     _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward, reward_key)
     report = write_report(
         config,
@@ -344,6 +393,7 @@ def align(config: RunConfig) -> AlignResult:
         facts={
             "ingest": ingest_facts,
             "reward": reward_facts,
+            "cost": None if cost is None else cost.facts,
             "rank": rank_facts,
             "train": train_facts,
             "evaluate": evaluation_facts,

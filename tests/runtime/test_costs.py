@@ -37,6 +37,7 @@ def test_every_phase_of_a_run_reserves_something():
         "ingest": {"cpu": 32},
         "features": {"cpu": 2, "gpu": 2},
         "reward": {"cpu": 6},
+        "cost": {"cpu": 32, "gpu": 3},
         "rank": {"cpu": 32},
         "train": {"cpu": 12, "gpu": 4},
         "evaluate": {"cpu": 1.5, "gpu": 3},
