@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from raylign.config import ConstraintSection, RunConfig, idle_keys, load_config, to_yaml
+from raylign.constraints.offline import stepwise_beta
 from raylign.errors import ConfigError
 
+SHIPPED = Path(__file__).parents[2] / "launch" / "configs"
 ALL = set(ConstraintSection.model_fields)
 ALWAYS = {"kind", "multiplier", "labels", "multiplier_max", "prompt_safety", "cvar_level"}
 
@@ -76,3 +80,22 @@ def test_a_printed_constraint_loads_back(tmp_path, multiplier: str) -> None:
     config = offline("constraint.kind=expected", f"constraint.multiplier={multiplier}", "confidence.squash=none")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "run.yaml").constraint == config.constraint
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("constrained_dpo", ("expected", "dual", "sampled")),
+        ("rerank_rectified", ("rectified", "dual", "confidence")),
+        ("sacpo_helpful", ("none", 1.0, "confidence")),
+        ("sacpo_safe", ("expected", 1e6, "hard")),
+    ],
+)
+def test_shipped_configurations_are_the_methods_they_name(name: str, chosen: tuple[object, ...]) -> None:
+    config = load_config(SHIPPED / f"{name}.yaml")
+    constraint = config.constraint
+    assert (constraint.kind, constraint.multiplier, constraint.labels) == chosen
+    assert config.run.name == name.replace("_", "-")
+    if name.startswith("sacpo"):
+        betas = [load_config(SHIPPED / f"sacpo_{stage}.yaml").train.beta for stage in ("helpful", "safe")]
+        assert betas[1] == pytest.approx(stepwise_beta(betas[0], 4))
