@@ -66,10 +66,11 @@ def compare(comparison: Comparison) -> ComparisonResult:
     trained: dict[Trial, Run] = {}
     for trial in comparison.trials:
         phases = open_phases(trial.config, model)
+        cost = phases.cost(features, features_digest)  # the trial's own, which is charged with it
         if trial.config.train.method != "offline":
-            phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key)
+            phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
         elif trial.config.train.objective == "label_confidence":
-            ranked, rank_facts = phases.rank(features, reward, reward_key)
+            ranked, rank_facts = phases.rank(features, reward, reward_key, cost)
             phases.train(ranked, digest([reward_key, rank_facts]), reward)
         else:
             phases.train(features, features_digest, reward)

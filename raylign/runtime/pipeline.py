@@ -20,6 +20,7 @@ from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.runtime.check import check_packages
+from raylign.runtime.constrain_job import constrain_pairs, constraint_key
 from raylign.runtime.cost_job import cost_key, run_cost
 from raylign.runtime.costs import open_ledger, phase_devices, record_reuse
 from raylign.runtime.evaluate_job import (
@@ -227,22 +228,28 @@ class Phases:
     def rank(
         self, features: Path, reward: Path, reward_key: str, cost: CostPhase | None = None
     ) -> tuple[Path, dict[str, Any]]:
-        """A label confidence for every pair and, where the run has a cost model, the costs of both responses."""
-        key = {"reward": reward_key, "confidence": self.config.confidence.model_dump(), **_cost_key(cost)}
+        """A label confidence for every pair, with costs and under the constraint where the run has them."""
+        config = self.config
+        key = {"reward": reward_key, "confidence": config.confidence.model_dump(), **_cost_key(cost)}
+        key |= constraint_key(config)
 
         def work(directory: Path) -> dict[str, Any]:
             fitted = load_reward(reward)
             rows = read_features(features)
             if isinstance(fitted, FittedTexts):
                 rows = ray.data.read_parquet(str(reward / SCORED_DIR), include_paths=False)
-            ranked = rank_pairs(rows, reward=fitted, confidence=self.config.confidence)
+            ranked = rank_pairs(rows, reward=fitted, confidence=config.confidence)
             if cost is not None:
                 ranked = attach_costs(ranked, cost.directory)
+            facts: dict[str, Any] = {}
+            if config.constraint.kind != "none":
+                ranked, found = constrain_pairs(ranked, reward=fitted, config=config)
+                facts["constraint"] = found.to_dict()
             pairs = directory / "ranked"
             shutil.rmtree(pairs, ignore_errors=True)
             ranked.write_parquet(str(pairs))
             table = pq.read_table(pairs, columns=["split", "label_confidence"], filters=[("split", "=", "train")])
-            return confidence_facts(table["label_confidence"].to_numpy())
+            return confidence_facts(table["label_confidence"].to_numpy()) | facts
 
         directory, facts = self.run.phase("rank", key, work)
         return directory / "ranked", facts
