@@ -30,13 +30,12 @@ from raylign.errors import DataError
 from raylign.rewards.confidence import pair_confidence
 from raylign.rewards.posterior import MarginPosterior, RewardPosterior, ensemble_posterior, margin_posterior
 from raylign.runtime.execution import execution
-from raylign.runtime.fitted_cost import COST_COLUMNS
+from raylign.runtime.fitted_cost import COST_COLUMNS, HEAD_COST_COLUMNS
 from raylign.runtime.fitted_reward import RewardFacts, resolve_temperature
 
 if TYPE_CHECKING:
     import ray.data
 
-HEAD_COST_COLUMNS = ("chosen_head_costs", "rejected_head_costs")
 LOG = logging.getLogger(__name__)
 
 _REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
