@@ -161,3 +161,23 @@ def test_rows_that_cannot_teach_a_zero_are_refused():
         fit_cost(pairs(4)[torch.arange(0)], valid=pairs(3), **OPTIONS)
     with pytest.raises(ShapeError, match=r"one or two \(N, L, D\)"):
         CostRows(sides=(states,), signs=torch.ones(6, 2), order=torch.zeros(6))
+
+
+def test_start_is_the_ridge_regression_of_answers_with_a_verdict():
+    """Probes say +1 of unsafe and -1 of safe answers, around the mean verdict, which is their bias."""
+    rows = pairs(40)
+    signs = rows.signs.clone()
+    signs[::3, 0] = 0
+    signs[rows.signs[:, 1] > 0, 1] = 0  # more unsafe than safe answers are left
+    rows = CostRows(sides=rows.sides, signs=signs, order=torch.zeros(40))[signs.ne(0).any(1)]
+    head = fit_cost(rows, valid=pairs(20, seed=1), **{**OPTIONS, "epochs": 0}).head
+    known = rows.signs.T.flatten() != 0
+    target = -rows.signs.T.flatten()[known].double()
+    assert abs(target.mean()) > 0.2  # otherwise the bias is not tested
+    torch.testing.assert_close(head.probe_bias, torch.full((1, LAYERS), float(target.mean())))
+    for layer in range(LAYERS):
+        states = torch.cat([side[:, layer] for side in rows.sides]).double()
+        normal = ((states - states.mean(0)) / (states - states.mean(0)).square().mean().sqrt())[known]
+        gram = normal.T @ normal + len(rows) * OPTIONS["ridge"] * torch.eye(WIDTH, dtype=torch.float64)
+        solution = torch.linalg.solve(gram, normal.T @ (target - target.mean()))
+        torch.testing.assert_close(head.probe_weight[0, layer].double(), solution, rtol=1e-4, atol=1e-4)
