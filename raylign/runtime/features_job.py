@@ -369,7 +369,7 @@ def read_features(directory: str | Path) -> ray.data.Dataset:
 
 
 def _files(directory: Path) -> list[Path]:
-    """In the order they were written, which is the order of the pairs."""
+    """By name; with several actors the pairs are in no particular order."""
     return sorted((directory / _ROWS).glob("*.parquet"))
 
 
