@@ -8,6 +8,7 @@ Between processes the hops are arrow columns of one `ray.data.Dataset`; every ph
     ingest    row_id, source, prompt_key, split, prompt, chosen, rejected, chosen_safe, rejected_safe,
               prompt_ids, chosen_ids, rejected_ids
     features  + chosen_states, rejected_states, ref_chosen_logps, ref_rejected_logps
+    cost      + chosen_cost, rejected_cost where the run has a cost model, joined to the pairs when they are ranked
     rank      + chosen_reward, rejected_reward, margin_mean, margin_variance, label_confidence, fold, weight
 
 Shape letters: B pairs, L layers, D hidden width, P/C/R prompt/chosen/rejected tokens, N scored tokens, S row length.
