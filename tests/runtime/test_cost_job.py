@@ -7,6 +7,7 @@ refusal is safe.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from pathlib import Path
 
@@ -188,7 +189,8 @@ def test_heads_learn_verdicts_out_of_fold_and_leave_out_pairs_without(ray_cluste
 @pytest.fixture(scope="module")
 def human_pairs() -> pa.Table:
     """Refusals against compliance, both to the prompts that people labelled, as the features phase leaves them."""
-    rows = sorted((row for row in load_refusal_labels() if row.harmful), key=lambda row: len(row.response))
+    rows = sorted(load_refusal_labels(), key=lambda row: hashlib.md5(row.response.encode()).digest())
+    rows = [row for row in rows if row.harmful]  # of any length, or the length would give the verdict away
     num = 70
     refusals, compliances = (
         [row for row in rows if row.label == label][:num] for label in ("full_refusal", "full_compliance")
