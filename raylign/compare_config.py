@@ -9,11 +9,31 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from raylign.config import RunConfig, Section, idle_keys, load_config, merge_config, without_idle
+from raylign.config import (
+    RunConfig,
+    Section,
+    cost_source,
+    idle_keys,
+    load_config,
+    merge_config,
+    needs_cost,
+    without_idle,
+)
 from raylign.cost.projection import SIZES
 from raylign.errors import ConfigError
 
-_OWN_KEYS = ("run.", "policy.", "data.", "features.", "reward.", "evaluate.", "resources.", "tracking.", "cost.")
+_OWN_KEYS = (
+    "run.",
+    "policy.",
+    "data.",
+    "features.",
+    "reward.",
+    "cost_model.",
+    "evaluate.",
+    "resources.",
+    "tracking.",
+    "cost.",
+)
 DRIFT_KEYS = ("drift_prompts", "drift_candidates")
 
 
@@ -51,7 +71,8 @@ class Comparison:
     """A checked comparison.
 
     Attributes:
-        base: configuration of the phases that all methods share.
+        base: configuration of the phases that all methods share; it has no constraint, and names the source of costs
+            when a method needs them.
         compare: methods, seeds, target.
         trials: methods in order, for every seed; seeds outermost.
     """
@@ -95,7 +116,17 @@ def load_comparison(path: str | Path | None = None, overrides: Sequence[str] = (
             f"compare.baseline={compare.baseline!r} has train.method={kinds[compare.baseline]}; extra costs are "
             "counted from a method with train.method=offline"
         )
-    return Comparison(base=load_config(values=without_idle(merged)), compare=compare, trials=trials)
+    return Comparison(base=_base_config(merged, trials), compare=compare, trials=trials)
+
+
+def _base_config(merged: Mapping[str, Any], trials: Sequence[Trial]) -> RunConfig:
+    """The configuration of the shared phases: constraints belong to methods, what prices responses to all of them."""
+    values = {name: section for name, section in merged.items() if name != "constraint"}
+    sources = {cost_source(trial.config) for trial in trials if needs_cost(trial.config)}
+    if sources:
+        (source,) = sources  # follows from sections that no method may change
+        values["cost_model"] = {**values.get("cost_model", {}), "source": source}
+    return load_config(values=without_idle(values))
 
 
 def _check_section(compare: CompareSection) -> None:

@@ -36,7 +36,7 @@ def submodules(*packages: str) -> list[str]:
 
 
 def test_pure_layers_load_no_framework():
-    modules = [*submodules("losses", "rewards"), "raylign.types", "raylign.errors", "raylign.cost.flops"]
+    modules = [*submodules("losses", "rewards", "constraints"), "raylign.types", "raylign.errors", "raylign.cost.flops"]
     assert len(modules) > 6
     assert loaded_after(*modules) <= {"torch"}
 
@@ -60,7 +60,9 @@ def test_only_runtime_loads_ray():
     assert not loaded_after(*modules) & {"ray", "vllm", "wandb"}
 
 
-@pytest.mark.parametrize("package", ["data", "losses", "rewards", "models", "training", "evaluation", "report", "cost"])
+@pytest.mark.parametrize(
+    "package", ["data", "losses", "rewards", "constraints", "models", "training", "evaluation", "report", "cost"]
+)
 def test_lower_layers_do_not_name_upper_ones(package):
     """Also catches imports inside functions, which the process tests above cannot see."""
     upper = ("ray", "vllm", "wandb", "tuning", "launch", "raylign.runtime")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raylign.compare_config import DRIFT_KEYS, Comparison, Trial
-from raylign.config import RunConfig, check_devices
+from raylign.config import RunConfig, check_devices, needs_cost
 from raylign.cost.projection import ProjectionSettings
 from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
 from raylign.errors import OutputExistsError
@@ -63,10 +63,11 @@ def compare(comparison: Comparison) -> ComparisonResult:
     features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = shared.reward(features, features_digest)
     reward_key = digest([features_digest, reward_facts])
+    shared_cost = shared.cost(features, features_digest)
     trained: dict[Trial, Run] = {}
     for trial in comparison.trials:
         phases = open_phases(trial.config, model)
-        cost = phases.cost(features, features_digest)  # the trial's own, which is charged with it
+        cost = shared_cost if needs_cost(trial.config) else None
         if trial.config.train.method != "offline":
             phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
         elif trial.config.train.objective == "label_confidence":
@@ -244,11 +245,13 @@ def shared_phases(config: RunConfig) -> frozenset[str]:
     """Shared phases that a method could not do without, and is charged with.
 
     Plain preference losses need the reference log-probabilities of the features phase; whatever reads the reward needs
-    the reward phase as well.
+    the reward phase as well, and a constraint the cost phase. Costs that are only reported (`cost_model.source` without
+    a constraint) are not charged.
     """
     train = config.train
     reads_reward = train.method != "offline" or train.objective == "label_confidence"
-    return frozenset({"ingest", "features", *(["reward"] if reads_reward else [])})
+    reads_cost = config.constraint.kind != "none"
+    return frozenset({"ingest", "features", *(["reward"] if reads_reward else []), *(["cost"] if reads_cost else [])})
 
 
 def device_seconds_until(rows: Sequence[LedgerRow], moment: float) -> dict[str, float]:

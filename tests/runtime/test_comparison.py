@@ -8,20 +8,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from raylign.compare_config import Comparison, load_comparison
-from raylign.config import load_config
+from raylign.config import load_config, needs_cost
 from raylign.cost.ledger import Ledger
 from raylign.cost.rows import Cost, Counts, read_ledger
+from raylign.errors import ConfigError
 from raylign.report.compare_data import ComparisonResult, MethodResult
 from raylign.runtime.compare import (
     BEFORE,
     _collect,
     checkpoints,
     common_fingerprint,
+    compare,
     comparison_directory,
     device_seconds_until,
     evenly_spaced,
@@ -99,8 +102,25 @@ def answers(seed: int, num_unsafe: int) -> tuple[Completion, ...]:
     )
 
 
+METHODS = {
+    "dpo": {"train.objective": "dpo"},
+    "rerank": {"train.objective": "label_confidence"},
+    "online_dpo": {"train.method": "online_dpo"},
+}
+CONSTRAINED = {
+    "dpo": {"train.objective": "dpo"},
+    "rerank": {"train.objective": "label_confidence"},
+    "rectified": {"confidence.squash": "none", "constraint.kind": "rectified", "constraint.multiplier": "dual"},
+    "repo": {"train.method": "policy_gradient", "constraint.kind": "rectified", "constraint.multiplier_window": 8},
+}
+
+
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
+    return load_methods(tmp_path, METHODS)
+
+
+def load_methods(tmp_path: Path, methods: dict[str, dict[str, object]], **sections: object) -> Comparison:
     file = tmp_path / "compare.yaml"
     content = {
         "run": {"name": "c", "storage": str(tmp_path / "runs")},
@@ -110,19 +130,16 @@ def comparison(tmp_path: Path) -> Comparison:
             "seeds": list(SEEDS),
             "num_points": 1,
             "projections": ["7B"],
-            "methods": {
-                "dpo": {"train.objective": "dpo"},
-                "rerank": {"train.objective": "label_confidence"},
-                "online_dpo": {"train.method": "online_dpo"},
-            },
+            "methods": methods,
         },
+        **sections,
     }
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return load_comparison(file)
 
 
 class Scene:
-    """A finished comparison on disk: shared phases of 20, 10 + 7 found ready and 5 cpu-seconds, training of 60 and up.
+    """A finished comparison on disk: shared phases of 20, 10 + 7 found ready, 5 and 3 cpu-seconds, training of 60 up.
 
     With seed 0 a training takes 30 s on two CPUs; 20 s of them, from second 5 on, are updates with 1000 FLOPs. With
     seed 1 it takes one second more. The checkpoint is written in second 15.
@@ -136,6 +153,7 @@ class Scene:
             ("ingest", 10, 2),
             ("features", 10, 1),
             ("reward", 5, 1),
+            ("cost", 3, 1),
             ("evaluate-seed0", 9, 9),
         ):
             with entry(shared, clock, phase, seconds, cpus):
@@ -212,6 +230,9 @@ def test_checkpoints_are_those_that_were_finished(tmp_path):
         (["train.objective=label_confidence"], {"ingest", "features", "reward"}),
         (["train.method=online_dpo"], {"ingest", "features", "reward"}),
         (["train.method=policy_gradient"], {"ingest", "features", "reward"}),
+        (["train.method=policy_gradient", "constraint.kind=expected"], {"ingest", "features", "reward", "cost"}),
+        (["constraint.kind=rectified"], {"ingest", "features", "reward", "cost"}),
+        (["train.objective=dpo", "cost_model.source=embedded"], {"ingest", "features"}),
     ],
 )
 def test_a_method_is_charged_with_the_shared_phases_that_it_reads(overrides, needed):
@@ -306,3 +327,101 @@ def test_rows_of_killed_sessions_are_counted(scene):
     # the reward, which both others need with both seeds, was killed once
     assert [method.num_killed for method in result.methods] == [1, 1, 1]
     assert [cost.device_s["cpu"] for cost in method(result, "dpo").totals] == pytest.approx([97, 37 + 56])
+
+
+def test_costs_are_charged_to_methods_with_a_constraint(tmp_path, clock):
+    result = Scene(load_methods(tmp_path, CONSTRAINED), clock).collect()
+    spent = {found.name: found.totals[0].device_s["cpu"] - 60 for found in result.methods}
+    assert spent == pytest.approx({"dpo": 37, "rerank": 42, "rectified": 45, "repo": 45})
+
+
+class MadeUpPhases:
+    """Phases that note what they were asked for and do nothing."""
+
+    def __init__(self, config, calls: list[tuple[object, ...]]) -> None:
+        self.run = SimpleNamespace(devices={"evaluate": {}}, directory=Path(config.run.name))
+        self.layers = (1,)
+        self._config, self._calls = config, calls
+
+    def ingest(self):
+        return Path("ingest"), {"fingerprint": "f"}
+
+    def features(self, ingest, fingerprint):
+        return Path("features"), "digest"
+
+    def reward(self, features, features_digest):
+        return Path("reward"), {}
+
+    def cost(self, features, features_digest):
+        self._calls.append((self._config.run.name, "cost", self._config.cost_model.source))
+        return "priced" if needs_cost(self._config) else None
+
+    def rank(self, features, reward, reward_key, cost):
+        self._calls.append((self._config.run.name, "rank", cost))
+        return Path("ranked"), {}
+
+    def train(self, pairs, key, reward):
+        self._calls.append((self._config.run.name, "train", str(pairs)))
+
+    def train_online(self, ingest, fingerprint, reward, reward_key, cost):
+        self._calls.append((self._config.run.name, "train_online", cost))
+
+
+def calls_of(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What a comparison asks its phases for; seeds apart."""
+    calls: list[tuple[object, ...]] = []
+    module = "raylign.runtime.compare"
+    monkeypatch.setattr(f"{module}.open_phases", lambda config, model: MadeUpPhases(config, calls))
+    for name in ("check_packages", "check_demand"):
+        monkeypatch.setattr(f"{module}.{name}", lambda config: None)
+    monkeypatch.setattr(f"{module}._evaluate", lambda *args: {})
+    monkeypatch.setattr(f"{module}._collect", lambda *args: "result")
+    assert compare(comparison) == "result"
+    return [(name.removesuffix("-seed0"), *rest) for name, *rest in calls if not name.endswith("-seed1")]
+
+
+def test_pairs_are_priced_once_and_only_constrained_methods_get_the_costs(tmp_path, monkeypatch):
+    assert calls_of(load_methods(tmp_path, CONSTRAINED), monkeypatch) == [
+        ("shared", "cost", "embedded"),
+        ("dpo", "train", "features"),
+        ("rerank", "rank", None),
+        ("rerank", "train", "ranked"),
+        ("rectified", "rank", "priced"),
+        ("rectified", "train", "ranked"),
+        ("repo", "train_online", "priced"),
+    ]
+
+
+def test_without_a_constraint_nothing_is_priced(comparison, monkeypatch):
+    calls = calls_of(comparison, monkeypatch)
+    assert [call for call in calls if "priced" in call] == []
+    assert calls[0] == ("shared", "cost", "auto")
+
+
+def test_methods_share_what_prices_responses_and_differ_in_their_constraint(tmp_path):
+    found = load_methods(
+        tmp_path,
+        CONSTRAINED,
+        cost_model={"source": "labels", "num_heads": 3},
+        constraint={"multiplier_max": 7, "cvar_level": 0.1},
+    )
+    assert (found.base.cost_model.source, found.base.cost_model.num_heads) == ("labels", 3)
+    assert found.base.constraint.kind == "none"
+    configs = {trial.method: trial.config for trial in found.trials}
+    assert {config.cost_model.num_heads for config in configs.values()} == {3}
+    assert [configs[name].constraint.multiplier_max for name in ("rectified", "repo")] == [7, 7]
+    assert configs["repo"].constraint.multiplier_window == 8
+    assert configs["repo"].constraint.cvar_level == configs["rectified"].constraint.cvar_level == 0.1
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"cost_model.source": "labels"}, r"sets cost_model\.source, which all methods must share"),
+        ({"constraint.multiplier_window": 8}, r"methods\.rectified: constraint\.multiplier_window is set"),
+    ],
+)
+def test_a_method_may_not_change_the_cost_model_nor_set_what_it_does_not_read(tmp_path, keys, message):
+    methods = {**CONSTRAINED, "rectified": {**CONSTRAINED["rectified"], **keys}}
+    with pytest.raises(ConfigError, match=message):
+        load_methods(tmp_path, methods)
