@@ -145,6 +145,7 @@ class ReportData:
         versions: installed packages that results depend on.
         git_commit: commit of the working directory, None outside a repository.
         license_note: what the weights and data allow.
+        warnings: what readers must know before they believe the numbers.
     """
 
     run_name: str
@@ -170,6 +171,7 @@ class ReportData:
     versions: Mapping[str, str]
     git_commit: str | None
     license_note: str
+    warnings: tuple[str, ...] = ()
 
 
 def report_json(data: ReportData) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def _headline(data: ReportData, verdict: Verdict) -> str:
         f"<p class='meta'>Objective {escape(data.objective)} on {escape(shown_name(data.dataset, 'data'))}; "
         f"{'LoRA adapter' if data.is_adapter else 'all weights'} of {escape(shown_name(data.base_model, 'model'))}; "
         f"judged by {escape(shown_name(data.judge_name, 'judge'))}. The judge is a model: these are its verdicts, "
-        "not a guarantee.</p></header>"
+        "not a guarantee.</p>"
+        + "".join(f"<p class='warning'>{escape(text)}</p>" for text in data.warnings)
+        + "</header>"
     )
 
 

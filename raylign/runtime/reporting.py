@@ -62,7 +62,8 @@ def write_report(
     Args:
         config: of the run.
         run: whose directory gets the files.
-        facts: manifest facts by phase: ingest, reward, rank (None when nothing was ranked), train, evaluate.
+        facts: manifest facts by phase: ingest, reward, cost (None when nothing was priced), rank (None when nothing was
+            ranked), train, evaluate.
         layers: transformer layers of the features.
         checkpoint: directory of the trained policy; gets `README.md`.
     """
@@ -118,7 +119,14 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
         versions=versions(),
         git_commit=environment["git_commit"],
         license_note=license_note(config),
+        warnings=_warnings(facts),
     )
+
+
+def _warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the cost model and a constraint over stored pairs warned of."""
+    constraint = None if facts["rank"] is None else facts["rank"].get("constraint")  # absent without one
+    return tuple(text for part in (facts["cost"], constraint) if part is not None for text in part["warnings"])
 
 
 def cost_facts(config: RunConfig, ledger: Path) -> CostFacts | NotMeasured:

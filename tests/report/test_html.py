@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -97,3 +98,11 @@ def test_headline_names_over_refusal_beside_safety(page):
     assert "attacks succeed" in header
     assert "Over-refusal" in header
     assert "Degenerate" in header
+
+
+def test_warnings_stand_in_the_headline_and_in_the_json(report_data):
+    warned = dataclasses.replace(report_data, warnings=("cost & judge are one model",))
+    header = render_html(warned).split("</header>")[0]
+    assert "<p class='warning'>cost &amp; judge are one model</p>" in header
+    assert report_json(warned)["warnings"] == ["cost & judge are one model"]
+    assert "class='warning'" not in render_html(report_data).split("</header>")[0]
