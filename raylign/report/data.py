@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raylign.evaluation.judges import SignCheck
     from raylign.evaluation.refusal import RefusalValidation
     from raylign.evaluation.safety import SafetyComparison
+    from raylign.report.constraint_data import ConstraintReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +147,7 @@ class ReportData:
         git_commit: commit of the working directory, None outside a repository.
         license_note: what the weights and data allow.
         warnings: what readers must know before they believe the numbers.
+        constraint: what the safety constraint did.
     """
 
     run_name: str
@@ -172,6 +174,7 @@ class ReportData:
     git_commit: str | None
     license_note: str
     warnings: tuple[str, ...] = ()
+    constraint: ConstraintReport | NotMeasured = NotMeasured(reason="no constraint, and no response has a cost")
 
 
 def report_json(data: ReportData) -> dict[str, Any]:

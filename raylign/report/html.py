@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from raylign.report import plots
+from raylign.report.constraint_section import constraint_section
 from raylign.report.cost_section import cost_section
 from raylign.report.data import NotMeasured, ReportData
 from raylign.report.style import STYLE
@@ -40,6 +41,7 @@ def render_html(data: ReportData) -> str:
         _section("Examples", _examples(data)),
         _section("Reward", _reward(data)),
         _section("Label confidence", _confidence(data)),
+        _section("Safety constraint", constraint_section(data.constraint)),
         _section("Training", _figure(plots.training_curves(data.training), "Metric records over updates")),
         _section("Drift: may the old candidates still be used?", _drift(data)),
         _section("How far to trust the judges", _judges(data)),

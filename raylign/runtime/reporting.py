@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from raylign.config import EMBEDDED, RunConfig, to_yaml
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raylign.config import EMBEDDED, RunConfig, needs_cost, to_yaml
 from raylign.cost.rows import money, read_ledger, total, total_reused, totals
 from raylign.errors import DataError
 from raylign.evaluation.drift import DriftReport
 from raylign.evaluation.judges import SignCheck
 from raylign.evaluation.refusal import RefusalValidation
 from raylign.evaluation.safety import compare_summaries
+from raylign.report.constraint_data import (
+    ConstraintReport,
+    StoredLabels,
+    cost_shares,
+    round_points,
+    round_warnings,
+    stored_points,
+    stored_warnings,
+)
 from raylign.report.data import (
     ConfidenceFacts,
     CostFacts,
@@ -30,9 +43,12 @@ from raylign.report.wording import comparison_table
 from raylign.runtime.check import method_name
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
+from raylign.runtime.online_trainer import ROUNDS_DIR
 from raylign.runtime.phases import ENVIRONMENT_FILE, Run, record_config, versions, write_json
 from raylign.runtime.tracking import read_records, record_summary
 from raylign.runtime.trainer import METRICS_FILE
+from raylign.training.constrained import multiplier_rule
+from raylign.training.rounds import RoundStore
 from raylign.types import Interval
 
 EMBEDDED_MODEL_LICENSE = "The embedded base model was trained on non-commercial data: non-commercial research use only."
@@ -81,6 +97,7 @@ def write_report(
 def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tuple[int, ...]) -> ReportData:
     """The report's input from the run directory and the manifests."""
     evaluate = run.directory / "evaluate"
+    training = read_records(run.directory / "train" / METRICS_FILE)
     completions = load_completions(evaluate / COMPLETIONS_FILE)
     environment = json.loads((run.directory / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     ingest = facts["ingest"]
@@ -104,7 +121,7 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
         drift=read_drift(evaluate / DRIFT_FILE),
         reward=_reward_quality(config.reward.kind, facts["reward"], layers),
         confidence=_confidence(config, facts["rank"]),
-        training=read_records(run.directory / "train" / METRICS_FILE),
+        training=training,
         data_counts={
             "read": ingest["rows_read"],
             "used": ingest["used"],
@@ -120,6 +137,7 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
         git_commit=environment["git_commit"],
         license_note=license_note(config),
         warnings=_warnings(facts),
+        constraint=constraint_report(config, run.directory, facts=facts, records=training),
     )
 
 
@@ -127,6 +145,71 @@ def _warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """What the cost model and a constraint over stored pairs warned of."""
     constraint = None if facts["rank"] is None else facts["rank"].get("constraint")  # absent without one
     return tuple(text for part in (facts["cost"], constraint) if part is not None for text in part["warnings"])
+
+
+def constraint_report(
+    config: RunConfig, directory: Path, *, facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> ConstraintReport | NotMeasured:
+    """What the constraint of a run did, from its rounds or from its ranked pairs.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        facts: see `write_report`; rank is read.
+        records: of the training metrics.
+    """
+    if not needs_cost(config):
+        return NotMeasured(reason="the run has no constraint (constraint.kind=none), and no response has a cost")
+    if config.train.method != "offline":
+        return _sampled_constraint(config, directory / "train" / ROUNDS_DIR, records)
+    if config.constraint.kind == "none":
+        return NotMeasured(reason="stored pairs were priced (cost_model.source), and no constraint read the costs")
+    return _stored_constraint(config, directory / "rank" / "ranked", facts["rank"]["constraint"])
+
+
+def _sampled_constraint(config: RunConfig, rounds: Path, records: Sequence[Mapping[str, Any]]) -> ConstraintReport:
+    """Of rounds, which are all on disk; the first and the last one's costs are drawn."""
+    settings, points = config.constraint, round_points(records)
+    is_moving = settings.kind not in ("none", "fixed_penalty")
+    store, costs = RoundStore(rounds), {}
+    for index in sorted({0, config.online.num_rounds - 1}):
+        if points and store.has(index):
+            costs[f"round {index + 1}"] = store.read(index).costs
+    return ConstraintReport(
+        kind=settings.kind,
+        bound=multiplier_rule(settings).target if is_moving else None,
+        cap=settings.multiplier_max if is_moving else None,
+        points=points,
+        stored=None,
+        histograms=cost_shares(costs),
+        warnings=round_warnings(points, kind=settings.kind, start=float(settings.multiplier)),
+    )
+
+
+def _stored_constraint(config: RunConfig, ranked: Path, facts: Mapping[str, Any]) -> ConstraintReport:
+    """Of stored pairs; the costs of the answers that are preferred under one order after the other are drawn."""
+    settings = config.constraint
+    columns = ("chosen_cost", "rejected_cost", "chosen_reward", "rejected_reward", "label_confidence")
+    table = pq.read_table(ranked, columns=["split", *columns])
+    table = table.filter(pc.equal(table["split"], "train"))
+    found = {name: table[name].to_numpy() for name in columns}
+    orders = {
+        "stored order": np.ones(len(table), bool),
+        "order by reward": found["chosen_reward"] >= found["rejected_reward"],
+        "order under the constraint": found["label_confidence"] >= 0.5,
+    }
+    names = {field.name for field in fields(StoredLabels)}
+    return ConstraintReport(
+        kind=settings.kind,
+        bound=multiplier_rule(settings).target if facts["is_dual"] else None,
+        cap=settings.multiplier_max if facts["is_dual"] else None,
+        points=stored_points(facts),
+        stored=StoredLabels(**{name: facts[name] for name in names}),
+        histograms=cost_shares(
+            {name: np.where(is_kept, found["chosen_cost"], found["rejected_cost"]) for name, is_kept in orders.items()}
+        ),
+        warnings=stored_warnings(facts),
+    )
 
 
 def cost_facts(config: RunConfig, ledger: Path) -> CostFacts | NotMeasured:
