@@ -291,6 +291,17 @@ def model_fingerprint(path: str | Path) -> str:
     return _digest([file for file in configs if file.is_file()] + weights)
 
 
+def artefact_fingerprint(path: str | Path) -> str:
+    """Hash over the weights below a directory of the reward or cost phase and over the facts beside them.
+
+    Members of a reward of texts lie in directories of their own; an external model leaves its facts alone, which hold
+    what it said of the pairs.
+    """
+    directory = Path(path)
+    facts = [directory / name for name in ("reward.json", "cost.json")]
+    return _digest([file for file in facts if file.is_file()] + sorted(directory.rglob("*.safetensors")))
+
+
 def tokenizer_fingerprint(path: str | Path) -> str:
     """Hash over the tokenizer's files, chat template included."""
     directory = Path(path)

@@ -47,10 +47,10 @@ def run_identity(
         reward: directory of the reward phase, or None.
         cost: directory of the cost phase, or None; it counts where a constraint reads the costs.
     """
-    from raylign.models.loading import model_fingerprint
+    from raylign.models.loading import artefact_fingerprint, model_fingerprint
 
     read = {"heads": reward, "cost": cost if config.constraint.kind != "none" else None}
-    fingerprints = {name: model_fingerprint(path) for name, path in read.items() if path is not None}
+    fingerprints = {name: artefact_fingerprint(path) for name, path in read.items() if path is not None}
     return method_identity(config) | fingerprints | {"model": model_fingerprint(model)}
 
 

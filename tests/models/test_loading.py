@@ -24,6 +24,7 @@ from raylign.data.packing import pack_pairs
 from raylign.errors import ModelError
 from raylign.models.forward import PolicyForward, verify_logprobs
 from raylign.models.loading import (
+    artefact_fingerprint,
     check_context,
     load_config,
     load_policy,
@@ -225,3 +226,19 @@ def test_sequences_must_fit_into_the_positions(model_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"65 tokens \(config key data\.max_length\).* 64 positions.*policy\.model"):
         check_context(config, 65)
     check_context(MambaConfig(), 10**6)  # positions that are not numbered have no end
+
+
+def test_a_fitted_reward_is_its_facts_and_the_weights_of_all_its_members(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "full" / "member0").mkdir(parents=True)
+    (tmp_path / "reward.json").write_text("{}")
+    save_file({"w": torch.zeros(2)}, tmp_path / "full" / "member0" / "adapter_model.safetensors")
+    before = artefact_fingerprint(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"seconds": 3}')
+    assert artefact_fingerprint(tmp_path) == before
+    save_file({"w": torch.ones(2)}, tmp_path / "full" / "member0" / "adapter_model.safetensors")
+    changed = artefact_fingerprint(tmp_path)
+    assert changed != before
+    (tmp_path / "reward.json").write_text('{"temperature": 2}')
+    assert artefact_fingerprint(tmp_path) not in (before, changed)
