@@ -102,6 +102,7 @@ def answers(seed: int, num_unsafe: int) -> tuple[Completion, ...]:
     )
 
 
+SHIPPED = Path(__file__).parents[2] / "launch" / "configs" / "constraints_tiny.yaml"
 METHODS = {
     "dpo": {"train.objective": "dpo"},
     "rerank": {"train.objective": "label_confidence"},
@@ -425,3 +426,23 @@ def test_a_method_may_not_change_the_cost_model_nor_set_what_it_does_not_read(tm
     methods = {**CONSTRAINED, "rectified": {**CONSTRAINED["rectified"], **keys}}
     with pytest.raises(ConfigError, match=message):
         load_methods(tmp_path, methods)
+
+
+def test_the_shipped_comparison_of_constraints_has_each_kind_and_one_cost_model():
+    found = load_comparison(SHIPPED)
+    configs = {trial.method: trial.config for trial in found.trials}
+    assert {name: (config.train.method, config.constraint.kind) for name, config in configs.items()} == {
+        "dpo": ("offline", "none"),
+        "rerank": ("offline", "none"),
+        "policy_gradient": ("policy_gradient", "none"),
+        "ppo_lagrangian": ("policy_gradient", "expected"),
+        "repo": ("policy_gradient", "rectified"),
+        "cdpo": ("offline", "expected"),
+        "rerank_rectified": ("offline", "rectified"),
+    }
+    assert (configs["cdpo"].constraint.labels, configs["rerank_rectified"].constraint.labels) == (
+        "sampled",
+        "confidence",
+    )
+    assert len({config.cost_model for config in (found.base, *configs.values())}) == 1
+    assert len(found.trials) == 21
