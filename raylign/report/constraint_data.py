@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from raylign.constraints.violations import cost_histogram
+from raylign.constraints.violations import PromptChange, cost_histogram, prompt_change, violations_by_category
+from raylign.types import Completion
 
 _MEASURES = (
     "mean_cost",
@@ -94,6 +95,36 @@ class CostShares:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryChange:
+    """Judged answers to the prompts of one category.
+
+    Attributes:
+        category: of the prompts.
+        num_prompts: in it.
+        unsafe_before: share of the reference's answers with cost > 0.
+        unsafe_after: likewise of the trained policy.
+    """
+
+    category: str
+    num_prompts: int
+    unsafe_before: float
+    unsafe_after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedPrompts:
+    """Which evaluation prompts changed sides, by the judge's costs; a prompt is safe when its answer is.
+
+    Attributes:
+        change: prompts that became unsafe or safe, and the reward on those that were safe.
+        categories: by name.
+    """
+
+    change: PromptChange
+    categories: tuple[CategoryChange, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConstraintReport:
     """A constraint from its start to its end; without one, what responses cost.
 
@@ -105,6 +136,7 @@ class ConstraintReport:
         stored: what became of stored labels, None for sampled responses.
         histograms: costs of the same kind of responses before and after, on the same edges.
         warnings: what a user would not expect, in sentences.
+        evaluated: what became of the evaluation prompts.
     """
 
     kind: str
@@ -114,6 +146,7 @@ class ConstraintReport:
     stored: StoredLabels | None
     histograms: tuple[CostShares, ...]
     warnings: tuple[str, ...]
+    evaluated: EvaluatedPrompts
 
 
 def round_points(records: Sequence[Mapping[str, float]]) -> tuple[ConstraintPoint, ...]:
@@ -161,6 +194,27 @@ def cost_shares(costs: Mapping[str, np.ndarray], *, num_bins: int = 24) -> tuple
             shares=tuple(histogram.shares.tolist()),
         )
         for name, histogram in found.items()
+    )
+
+
+def evaluated_prompts(before: Sequence[Completion], after: Sequence[Completion]) -> EvaluatedPrompts:
+    """Judged answers to the same prompts, in the same order, before and after training; at least one."""
+    prompts = np.arange(len(before))
+    costs = [np.array([answer.cost for answer in answers]) for answers in (before, after)]
+    rewards = [np.array([answer.reward for answer in answers]) for answers in (before, after)]
+    names = [answer.category for answer in before]
+    by_category = [violations_by_category(cost, prompts, names) for cost in costs]
+    return EvaluatedPrompts(
+        change=prompt_change((costs[0], prompts, rewards[0]), (costs[1], prompts, rewards[1])),
+        categories=tuple(
+            CategoryChange(
+                category=name,
+                num_prompts=found.num_prompts,
+                unsafe_before=1 - found.safety_rate,
+                unsafe_after=1 - by_category[1][name].safety_rate,
+            )
+            for name, found in by_category[0].items()
+        ),
     )
 
 

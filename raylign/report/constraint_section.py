@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from raylign.report import constraint_plots, plots
 from raylign.report.compare_tables import Cell, Table
-from raylign.report.constraint_data import ConstraintPoint, ConstraintReport, StoredLabels
+from raylign.report.constraint_data import ConstraintPoint, ConstraintReport, EvaluatedPrompts, StoredLabels
 from raylign.report.data import NotMeasured
 from raylign.report.tables import table_html
 from raylign.report.wording import Unit, format_number
@@ -62,6 +62,9 @@ def constraint_section(report: ConstraintReport | NotMeasured) -> str:
     parts.append(f"<details><summary>All {len(report.points)} rounds</summary>{table}</details>" if is_long else table)
     if report.stored is not None:
         parts.append(table_html(_pairs_table(report.stored)))
+    parts.append(table_html(_change_table(report.evaluated)))
+    categories = table_html(_category_table(report.evaluated))
+    parts.append(f"<details><summary>Judged unsafe by category</summary>{categories}</details>")
     return "".join(parts)
 
 
@@ -100,6 +103,47 @@ def _pairs_table(stored: StoredLabels) -> Table:
         title="Stored pairs",
         columns=("stored pairs", ""),
         rows=tuple((Cell(text=title), Cell(text=text, key=f"constraint.stored.{key}")) for title, text, key in rows),
+    )
+
+
+def _change_table(evaluated: EvaluatedPrompts) -> Table:
+    change, place = evaluated.change, "constraint.evaluated.change"
+    rows: list[tuple[str, str, Unit]] = [
+        (f"Became unsafe, of {change.num_safe_before} that were safe", "became_unsafe", "share"),
+        (f"Became safe, of {change.num_unsafe_before} that were unsafe", "became_safe", "share"),
+        ("Mean reward on those that were safe, before", "reward_before", "reward"),
+        ("Mean reward on those that were safe, after", "reward_after", "reward"),
+    ]
+    return Table(
+        title="Interference",
+        columns=("evaluation prompts, by the judge", ""),
+        rows=tuple(
+            (Cell(text=title), Cell(text=format_number(getattr(change, name), unit), key=f"{place}.{name}"))
+            for title, name, unit in rows
+        ),
+        notes=("One sampled answer a prompt: some prompts change sides by chance, without any training.",),
+    )
+
+
+def _category_table(evaluated: EvaluatedPrompts) -> Table:
+    return Table(
+        title="Judged unsafe by category",
+        columns=("category", "prompts", "before", "after"),
+        rows=tuple(
+            (
+                Cell(text=found.category),
+                Cell(text=str(found.num_prompts), key=f"constraint.evaluated.categories.{index}.num_prompts"),
+                *(
+                    Cell(
+                        text=format_number(getattr(found, name), "share"),
+                        key=f"constraint.evaluated.categories.{index}.{name}",
+                    )
+                    for name in ("unsafe_before", "unsafe_after")
+                ),
+            )
+            for index, found in enumerate(evaluated.categories)
+        ),
+        notes=("Few prompts a category: read the rates at the top of the page first.",),
     )
 
 

@@ -21,8 +21,10 @@ from raylign.evaluation.refusal import RefusalValidation
 from raylign.evaluation.safety import compare_summaries
 from raylign.report.constraint_data import (
     ConstraintReport,
+    EvaluatedPrompts,
     StoredLabels,
     cost_shares,
+    evaluated_prompts,
     round_points,
     round_warnings,
     stored_points,
@@ -137,18 +139,31 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
         git_commit=environment["git_commit"],
         license_note=license_note(config),
         warnings=_warnings(facts),
-        constraint=constraint_report(config, run.directory, facts=facts, records=training),
+        constraint=constraint_report(
+            config,
+            run.directory,
+            facts=facts,
+            records=training,
+            evaluated=evaluated_prompts(completions["before"], completions["after"]),
+        ),
     )
 
 
 def _warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the cost model and a constraint over stored pairs warned of."""
+    """What the reward, the cost model and a constraint over stored pairs warned of."""
     constraint = None if facts["rank"] is None else facts["rank"].get("constraint")  # absent without one
-    return tuple(text for part in (facts["cost"], constraint) if part is not None for text in part["warnings"])
+    return tuple(
+        text for part in (facts["reward"], facts["cost"], constraint) if part is not None for text in part["warnings"]
+    )
 
 
 def constraint_report(
-    config: RunConfig, directory: Path, *, facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    config: RunConfig,
+    directory: Path,
+    *,
+    facts: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    evaluated: EvaluatedPrompts,
 ) -> ConstraintReport | NotMeasured:
     """What the constraint of a run did, from its rounds or from its ranked pairs.
 
@@ -157,17 +172,20 @@ def constraint_report(
         directory: of the run.
         facts: see `write_report`; rank is read.
         records: of the training metrics.
+        evaluated: what became of the evaluation prompts.
     """
     if not needs_cost(config):
         return NotMeasured(reason="the run has no constraint (constraint.kind=none), and no response has a cost")
     if config.train.method != "offline":
-        return _sampled_constraint(config, directory / "train" / ROUNDS_DIR, records)
+        return _sampled_constraint(config, directory / "train" / ROUNDS_DIR, records, evaluated)
     if config.constraint.kind == "none":
         return NotMeasured(reason="stored pairs were priced (cost_model.source), and no constraint read the costs")
-    return _stored_constraint(config, directory / "rank" / "ranked", facts["rank"]["constraint"])
+    return _stored_constraint(config, directory / "rank" / "ranked", facts["rank"]["constraint"], evaluated)
 
 
-def _sampled_constraint(config: RunConfig, rounds: Path, records: Sequence[Mapping[str, Any]]) -> ConstraintReport:
+def _sampled_constraint(
+    config: RunConfig, rounds: Path, records: Sequence[Mapping[str, Any]], evaluated: EvaluatedPrompts
+) -> ConstraintReport:
     """Of rounds, which are all on disk; the first and the last one's costs are drawn."""
     settings, points = config.constraint, round_points(records)
     is_moving = settings.kind not in ("none", "fixed_penalty")
@@ -183,10 +201,13 @@ def _sampled_constraint(config: RunConfig, rounds: Path, records: Sequence[Mappi
         stored=None,
         histograms=cost_shares(costs),
         warnings=round_warnings(points, kind=settings.kind, start=float(settings.multiplier)),
+        evaluated=evaluated,
     )
 
 
-def _stored_constraint(config: RunConfig, ranked: Path, facts: Mapping[str, Any]) -> ConstraintReport:
+def _stored_constraint(
+    config: RunConfig, ranked: Path, facts: Mapping[str, Any], evaluated: EvaluatedPrompts
+) -> ConstraintReport:
     """Of stored pairs; the costs of the answers that are preferred under one order after the other are drawn."""
     settings = config.constraint
     columns = ("chosen_cost", "rejected_cost", "chosen_reward", "rejected_reward", "label_confidence")
@@ -209,6 +230,7 @@ def _stored_constraint(config: RunConfig, ranked: Path, facts: Mapping[str, Any]
             {name: np.where(is_kept, found["chosen_cost"], found["rejected_cost"]) for name, is_kept in orders.items()}
         ),
         warnings=stored_warnings(facts),
+        evaluated=evaluated,
     )
 
 

@@ -20,6 +20,7 @@ from raylign.report.constraint_data import (
     ConstraintReport,
     StoredLabels,
     cost_shares,
+    evaluated_prompts,
     round_points,
     round_warnings,
     stored_points,
@@ -30,7 +31,7 @@ from raylign.report.data import NotMeasured, report_json
 from raylign.report.html import render_html
 from raylign.runtime.reporting import constraint_report
 from raylign.training.rounds import RoundStore
-from raylign.types import Rollout, ScoredRollout
+from raylign.types import Completion, Rollout, ScoredRollout
 
 
 def measured(mean_cost: float = 0.5, safety_rate: float = 0.25) -> dict[str, float]:
@@ -51,6 +52,30 @@ def point(index: int, multiplier: float | None, *, is_at_cap: bool = False, safe
     return ConstraintPoint(name=f"round {index}", multiplier=multiplier, is_at_cap=is_at_cap, **facts)
 
 
+def judged(*answers: tuple[str, float, float]) -> list[Completion]:
+    """Answers by category, cost and reward."""
+    return [
+        Completion(
+            prompt=f"p{index}",
+            response="r",
+            category=category,
+            harmful=True,
+            num_tokens=1,
+            reached_end=True,
+            cost=cost,
+            is_refusal=False,
+            reward=reward,
+        )
+        for index, (category, cost, reward) in enumerate(answers)
+    ]
+
+
+EVALUATED = evaluated_prompts(
+    judged(("a", 1.0, 0.5), ("a", -1.0, 1.5), ("b", 0.0, 2.5), ("a", 2.0, 0.0)),
+    judged(("a", -1.0, 0.5), ("a", 3.0, 1.0), ("b", -2.0, 0.5), ("a", 2.0, 9.0)),
+)
+
+
 def sampled(**changes: object) -> ConstraintReport:
     report = ConstraintReport(
         kind="rectified",
@@ -60,6 +85,7 @@ def sampled(**changes: object) -> ConstraintReport:
         stored=None,
         histograms=cost_shares({"round 1": np.array([1.0, -0.5]), "round 2": np.array([-2.0, 0.0])}),
         warnings=("Mind the <cap>.",),
+        evaluated=EVALUATED,
     )
     return dataclasses.replace(report, **changes)
 
@@ -118,6 +144,24 @@ def test_histograms_share_one_scale_with_0_as_an_edge():
     assert cost_shares({"a": np.zeros(3)})[0].edges[-1] == 1
 
 
+def test_prompts_that_changed_sides_and_categories_are_counted():
+    change = EVALUATED.change
+    assert (change.num_safe_before, change.num_unsafe_before) == (2, 2)
+    assert (change.became_unsafe, change.became_safe) == (0.5, 0.5)
+    assert (change.reward_before, change.reward_after) == (2.0, 0.75)
+    shown = [(c.category, c.num_prompts, c.unsafe_before, c.unsafe_after) for c in EVALUATED.categories]
+    assert [row[:2] for row in shown] == [("a", 3), ("b", 1)]
+    np.testing.assert_allclose([row[2:] for row in shown], [(2 / 3, 2 / 3), (0, 0)])
+
+
+def test_answers_without_a_reward_have_no_reward_on_safe_prompts():
+    found = evaluated_prompts(judged(("a", -1.0, float("nan"))), judged(("a", -1.0, float("nan"))))
+    assert (
+        "not measured"
+        in dict(Page(constraint_section(sampled(evaluated=found))).cells)["constraint.evaluated.change.reward_after"]
+    )
+
+
 @pytest.mark.parametrize(
     ("points", "kind", "words"),
     [
@@ -151,11 +195,11 @@ def test_cells_show_the_numbers_of_the_json(report_data, replace, stored, is_sto
     content, page = report_json(data), Page(constraint_section(report))
     json.dumps(content)
     cells = dict(page.cells)
-    assert len(cells) == 9 * 2 + 6 * is_stored
+    assert len(cells) == 9 * 2 + 6 * is_stored + 4 + 3 * 2
     for key, text in cells.items():
         value = look_up(content, key)
         if isinstance(value, float):
-            is_share = "rate" in key or "share" in key
+            is_share = any(word in key for word in ("rate", "share", "became", "unsafe"))
             assert text == (f"{100 * value:.1f} %" if is_share else f"{value:.3f}"), key
         else:
             assert text == (f"{value:,}" if isinstance(value, int) else value)
@@ -174,7 +218,7 @@ def test_the_page_has_the_section_and_its_warnings_in_full(report_data, replace)
 def test_many_rounds_are_folded_away():
     points = tuple(point(index + 1, 1.0) for index in range(MAX_ROWS + 1))
     assert "All 13 rounds" in constraint_section(sampled(points=points))
-    assert "<details>" not in constraint_section(sampled(points=points[:MAX_ROWS]))
+    assert "rounds</summary>" not in constraint_section(sampled(points=points[:MAX_ROWS]))
 
 
 def test_paths_are_drawn_over_rounds_with_the_cap_and_the_bound_marked():
@@ -238,7 +282,9 @@ def test_sampled_rounds_are_read_from_the_run(tmp_path: Path):
         records.append({"round": index + 1, **facts, "constraint/multiplier": 1.0 + index, "constraint/at_cap": 0.0})
     overrides = ["train.method=policy_gradient", "constraint.kind=rectified", "online.num_rounds=3"]
     config = load_config(overrides=[*overrides, "constraint.tolerance=0.25"])
-    report = constraint_report(config, tmp_path, facts={"cost": None, "rank": None}, records=records)
+    report = constraint_report(
+        config, tmp_path, facts={"cost": None, "rank": None}, records=records, evaluated=EVALUATED
+    )
     assert isinstance(report, ConstraintReport)
     assert (report.kind, report.bound, report.cap, report.stored) == ("rectified", 0.25, 20.0, None)
     assert [found.multiplier for found in report.points] == [1.0, 2.0, 3.0]
@@ -266,7 +312,9 @@ def test_stored_pairs_are_read_from_the_rank_phase(tmp_path: Path):
     config = load_config(
         overrides=["confidence.squash=none", "constraint.kind=rectified", "constraint.multiplier=dual"]
     )
-    report = constraint_report(config, tmp_path, facts={"cost": None, "rank": {"constraint": FACTS}}, records=[])
+    report = constraint_report(
+        config, tmp_path, facts={"cost": None, "rank": {"constraint": FACTS}}, records=[], evaluated=EVALUATED
+    )
     assert isinstance(report, ConstraintReport)
     assert report.stored is not None and report.stored.num_pairs == 1277
     by_name = {shares.name: shares for shares in report.histograms}
@@ -274,7 +322,9 @@ def test_stored_pairs_are_read_from_the_rank_phase(tmp_path: Path):
     assert unsafe == {"stored order": 0.5, "order by reward": 1.0, "order under the constraint": 0.0}
     assert (report.bound, report.cap) == (0.0, 20.0)
     fixed = load_config(overrides=["constraint.kind=rectified"])
-    found = constraint_report(fixed, tmp_path, facts={"rank": {"constraint": {**FACTS, "is_dual": False}}}, records=[])
+    found = constraint_report(
+        fixed, tmp_path, facts={"rank": {"constraint": {**FACTS, "is_dual": False}}}, records=[], evaluated=EVALUATED
+    )
     assert isinstance(found, ConstraintReport) and (found.bound, found.cap) == (None, None)
 
 
@@ -283,5 +333,7 @@ def test_stored_pairs_are_read_from_the_rank_phase(tmp_path: Path):
     [([], "no constraint"), (["train.objective=dpo", "cost_model.source=embedded"], "no constraint read the costs")],
 )
 def test_a_run_without_a_constraint_says_so(tmp_path, overrides, reason):
-    report = constraint_report(load_config(overrides=overrides), tmp_path, facts={"rank": {}}, records=[])
+    report = constraint_report(
+        load_config(overrides=overrides), tmp_path, facts={"rank": {}}, records=[], evaluated=EVALUATED
+    )
     assert isinstance(report, NotMeasured) and reason in report.reason
