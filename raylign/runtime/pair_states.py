@@ -48,13 +48,13 @@ class PairStates:
 
 
 def read_states(features: ray.data.Dataset, *, max_pairs: int, only_labelled: bool = False) -> PairStates:
-    """Collect states on the driver, at most `max_pairs` training pairs and as many held-out ones.
+    """Collect states on the driver, at most `max_pairs` pairs of each split.
 
     Which pairs are taken depends on hashes of their ids alone.
 
     Args:
         features: with states and splits.
-        max_pairs: bounds memory.
+        max_pairs: of each split; bounds memory.
         only_labelled: leave out pairs of which no answer has a safety verdict, and read the verdicts.
 
     Raises:
@@ -92,9 +92,8 @@ def has_verdict(table: pa.Table) -> pa.ChunkedArray:
 
 def _sample_ids(index: pa.Table, max_pairs: int) -> set[str]:
     kept: set[str] = set()
-    for is_train in (True, False):
-        mask = pc.equal(index["split"], "train")
-        rows = index.filter(mask if is_train else pc.invert(mask))
+    for split in pc.unique(index["split"]):
+        rows = index.filter(pc.equal(index["split"], split))
         ids, keys = rows["row_id"].to_pylist(), rows["prompt_key"].to_pylist()
         # in the order of the prompts' keys, which are hashes already
         kept |= {row_id for _, row_id in sorted(zip(keys, ids, strict=True))[:max_pairs]}
