@@ -74,8 +74,8 @@ def calibrate(calibration: Calibration) -> CalibrationResult:
         reward, reward_facts = phases.reward(features, features_digest)
         reward_key = digest([features_digest, reward_facts])
         cost = phases.cost(features, features_digest)
-        phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
-        rounds.setdefault(trial.name, []).append(judge_rounds(phases))
+        checkpoint, _ = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
+        rounds.setdefault(trial.name, []).append(judge_rounds(phases, checkpoint))
     gold = read_gold(answers, num_prompts=settings.num_prompts)
     return collect(calibration, {key: load_outcome(path) for key, path in fits.items()}, gold, facts, rounds)
 

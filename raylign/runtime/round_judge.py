@@ -11,16 +11,17 @@ import numpy as np
 import ray
 import torch
 
-from raylign.config import EvaluateSection
+from raylign.config import EvaluateSection, RunConfig
 from raylign.cost.ledger import measured
 from raylign.data.conversations import ConversationReader
 from raylign.errors import RaylignError, ResourceError, TrainingError
 from raylign.evaluation.calibration import RoundOutcome
 from raylign.evaluation.judges import SafetyJudge
-from raylign.models.loading import load_tokenizer
+from raylign.models.loading import load_tokenizer, model_fingerprint
 from raylign.models.numerics import actor_device
 from raylign.runtime.evaluate_job import evaluation_inputs
 from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.identity import method_identity
 from raylign.runtime.online_trainer import ROUNDS_DIR
 from raylign.runtime.pipeline import Phases, actor_options
 from raylign.training.rounds import Round, RoundStore
@@ -28,18 +29,20 @@ from raylign.training.rounds import Round, RoundStore
 _TIMEOUT_S = 3600.0
 
 
-def judge_rounds(phases: Phases) -> tuple[RoundOutcome, ...]:
+def judge_rounds(phases: Phases, checkpoint: Path) -> tuple[RoundOutcome, ...]:
     """Reward, gold and distance from the reference of every round of a finished training.
 
     Args:
         phases: of the run, whose training sampled its own responses.
+        checkpoint: that it ended in.
 
     Raises:
+        CacheMismatchError: the rounds judged here are those of another training, or another judge's.
         CheckpointError: a round is missing.
     """
     config, directory = phases.config, phases.run.directory
     options = replace(actor_options(config), ledger=phases.ledger)
-    key = {"run": str(directory.name), **evaluation_inputs(config.evaluate)}
+    key = rounds_key(config, model_fingerprint(checkpoint))
 
     def work(_: Path) -> dict[str, Any]:
         task = ray.remote(_judge).options(num_cpus=options.num_cpus, num_gpus=options.num_gpus)
@@ -61,6 +64,16 @@ def judge_rounds(phases: Phases) -> tuple[RoundOutcome, ...]:
     return tuple(
         RoundOutcome(kl=one["kl"], proxy=np.array(one["proxy"]), gold=np.array(one["gold"])) for one in facts["rounds"]
     )
+
+
+def rounds_key(config: RunConfig, checkpoint: str) -> dict[str, Any]:
+    """What judged rounds depend on: the training that sampled them, by its settings and by its end, and the judge.
+
+    Args:
+        config: of the run.
+        checkpoint: fingerprint of the policy that the training ended in, which data and rewards count in too.
+    """
+    return {"checkpoint": checkpoint, **method_identity(config), **evaluation_inputs(config.evaluate)}
 
 
 def _judge(
