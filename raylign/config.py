@@ -124,7 +124,7 @@ class RunConfig(Section):
         if reward.get("kind") in ("lora_ensemble", "warm"):
             filled["reward"] = {"folds": 2, **reward}
         is_read = train.get("method", "offline") != "offline" or evaluate.get("best_of", 1) != 1
-        if reward.get("kind") == "brme" and is_read:
+        if reward.get("kind") == "brme" and reward.get("num_heads") != 1 and is_read:
             filled["robust"] = {"rule": "brme", **robust}
         return filled
 

@@ -16,7 +16,6 @@ from raylign.config_sections import (
     ConstraintSection,
     OnlineSection,
     PolicyGradientSection,
-    RewardModelSection,
     RobustSection,
     SamplerSection,
 )
@@ -158,6 +157,8 @@ def _check_reward(config: RunConfig) -> None:
     reward, robust, confidence = config.reward, config.robust, config.confidence
     if reward.kind == "external" and config.reward_model.model is None:
         raise ConfigError("reward.kind=external needs reward_model.model, the directory of a sequence classifier")
+    if reward.head_data == "shards" and reward.num_heads < 2:
+        raise ConfigError("reward.head_data=shards leaves each member a part out: set reward.num_heads above 1")
     if robust.rule == "brme" and reward.kind != "brme":
         raise ConfigError(
             f"robust.rule=brme needs heads that state their own sigma, reward.kind={reward.kind} has none: "
@@ -270,13 +271,15 @@ def _add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence
 def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
     """Keys of the reward that its kind and its rule do not read."""
     kind, robust, is_offline = config.reward.kind, config.robust, config.train.method == "offline"
-    has_members, is_fine_tuned = kind not in ("hybrid", "warm", "external"), kind in ("lora_ensemble", "warm")
+    is_many, is_fine_tuned = config.reward.num_heads > 1, kind in ("lora_ensemble", "warm")
+    has_members = kind == "laplace" or (is_many and kind in ("ensemble", "brme", "lora_ensemble"))
     has_probes = kind in ("hybrid", "ensemble", "brme")
     another = "use another reward.kind than"
     reads(kind not in ("hybrid", "external"), "reward", ["num_heads"], "set reward.kind=ensemble")
-    reads((has_members and kind != "laplace") or kind == "warm", "reward", ["head_data"], "set reward.kind=ensemble")
+    is_drawn = kind in ("ensemble", "brme", "lora_ensemble", "warm")
+    reads(is_drawn, "reward", ["head_data"], "set reward.kind=ensemble")
     reads(kind in ("ensemble", "lora_ensemble"), "reward", ["standardize"], "set reward.kind=ensemble")
-    reads(kind != "external", "reward", ["folds", "max_pairs"], f"{another} external")
+    reads(kind != "external", "reward", ["folds"], f"{another} external")
     probe_steps = ["epochs", "weight_decay", "bce_weight", "margin_target", "train_probes"]
     reads(has_probes, "reward", [*probe_steps, "batch_size", "learning_rate"], f"{another} {kind}")
     reads(config.reward.epochs > 0, "reward", ["batch_size", "learning_rate"], "set reward.epochs above 0")
@@ -285,11 +288,16 @@ def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str
     reads(kind == "brme", "brme", list(BrmeSection.model_fields), "set reward.kind=brme")
     reads(kind == "external", "reward_model", ["model", "label", "is_cost"], "set reward.kind=external")
     reads(kind in TEXT_REWARDS, "reward_model", ["batch_tokens"], "set reward.kind=lora_ensemble, warm or external")
-    reads(is_fine_tuned, "reward_model", list(RewardModelSection.model_fields)[3:-1], "set reward.kind=lora_ensemble")
+    steps = ["lora_rank", "lora_alpha", "diversity_weight", "epochs", "batch_size", "learning_rate"]
+    reads(is_fine_tuned, "reward_model", steps, "set reward.kind=lora_ensemble")
+    reads(is_many, "reward_model", ["diversity_weight"], "set reward.num_heads above 1")
     is_aggregated = not is_offline or config.evaluate.best_of > 1
     reads(is_aggregated, "robust", list(RobustSection.model_fields), "set evaluate.best_of above 1 or an online method")
-    reads(has_members, "robust", list(RobustSection.model_fields), "set reward.kind=ensemble")
-    reads(robust.rule in ("min", "brme") and not is_offline, "robust", ["set_type"], "set robust.rule=min or brme")
+    reads(has_members, "robust", list(RobustSection.model_fields), "set reward.kind=ensemble and num_heads above 1")
+    of_members = robust.rule in ("min", "cvar", "entropic")
+    reads(is_many or not of_members, "robust", ["rule"], "set reward.num_heads above 1")
+    reads(robust.rule in ("min", "brme"), "robust", ["set_type"], "set robust.rule=min or brme")
+    reads(not is_offline, "robust", ["set_type"], "set train.method=online_dpo or policy_gradient")
     for rule, key in RULE_KEYS.items():
         reads(robust.rule == rule, "robust", [key], f"set robust.rule={rule}")
 

@@ -104,12 +104,14 @@ class RewardSection(Section):
         description="each pair is scored by what was fitted on the other folds, 1 by what saw it; unless set, 2 for "
         "fine-tuned members",
     )
-    max_pairs: int = Field(20_000, ge=8, description="pairs the heads are fitted on, chosen by hash; bounds memory")
+    max_pairs: int = Field(
+        20_000, ge=8, description="pairs that the reward and the per-layer curve are fitted on, by hash; bounds memory"
+    )
     epochs: int = Field(10, ge=0, description="passes over the head's training pairs after the ridge start")
     batch_size: int = Field(32, ge=1, description="pairs of one head step")
     learning_rate: float = Field(1e-4, gt=0, description="AdamW step of the head")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of the head")
-    ridge: float = Field(0.1, gt=0, description="penalty of the ridge start, per training pair")
+    ridge: float = Field(0.1, gt=0, description="penalty of the ridge start and of the per-layer curve, per pair")
     bce_weight: float = Field(1.0, ge=0, description="weight of the calibration anchor (E3); 0 drops it")
     margin_target: float = Field(1.0, ge=0, description="margin asked for by the pair loss (E2), reward units")
     train_probes: bool = Field(True, description="train probes and vote; False trains the vote alone")

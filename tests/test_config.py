@@ -133,3 +133,50 @@ def test_config_is_frozen_and_picklable():
     with pytest.raises(Exception, match="frozen"):
         config.train.beta = 1.0
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.kind=ensemble", "reward.num_heads=1", "evaluate.best_of=4", "robust.rule=min"], "num_heads above 1"),
+        (["reward.kind=laplace", "reward.num_heads=1", "evaluate.best_of=4", "robust.rule=min"], "num_heads above 1"),
+        (["reward.kind=warm", "train.method=online_dpo", "robust.rule=min"], r"reward\.kind=ensemble"),
+        (["reward.kind=ensemble", "reward.head_data=shards", "reward.num_heads=1"], "num_heads above 1"),
+        (
+            [
+                "reward.kind=ensemble",
+                "robust.rule=min",
+                "evaluate.best_of=4",
+                "robust.set_type=heads_pointwise",
+            ],
+            r"train\.method=online_dpo",
+        ),
+        (["reward.kind=warm", "reward_model.diversity_weight=1", "reward.num_heads=1"], "num_heads above 1"),
+        (["reward.kind=laplace", "reward.head_data=all"], r"reward\.kind=ensemble"),
+        (["reward.kind=hybrid", "reward.num_heads=3"], r"reward\.kind=ensemble"),
+        (["reward.kind=external"], r"reward_model\.model"),
+        (["reward.kind=ensemble", "robust.rule=brme", "train.method=online_dpo"], "none: use min"),
+        (["reward.kind=lora_ensemble", "confidence.source=live"], "reads texts"),
+        (["reward.kind=brme", "confidence.source=live", "confidence.track=anchor"], "none "),
+        (
+            [
+                "reward.kind=ensemble",
+                "reward.standardize=false",
+                "reward.bce_weight=0",
+                "train.method=online_dpo",
+                "robust.rule=min",
+            ],
+            "whose zero nothing ties",
+        ),
+    ],
+)
+def test_rewards_and_rules_that_do_not_fit_are_refused_with_the_cure(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
+
+
+def test_defaults_suit_the_reward():
+    assert load_config(None, ["reward.kind=brme", "train.method=online_dpo"]).robust.rule == "brme"
+    assert load_config(None, ["reward.kind=brme", "evaluate.best_of=4"]).robust.rule == "brme"
+    assert load_config(None, ["reward.kind=brme", "reward.num_heads=1", "evaluate.best_of=4"]).robust.rule == "mean"
+    assert [load_config(None, [f"reward.kind={kind}"]).reward.folds for kind in ("hybrid", "warm")] == [5, 2]

@@ -6,6 +6,7 @@ Arrays in, floats or an `Interval` out; every resampling takes its generator. Sh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -20,13 +21,21 @@ _DRAWS_PER_BLOCK = 2**22  # resampled items held in memory at a time
 _NORMAL_95 = 1.959963984540054
 
 
-def bootstrap_mean(values: ArrayLike, *, num_samples: int, generator: np.random.Generator) -> Interval:
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    num_samples: int,
+    generator: np.random.Generator,
+    groups: Sequence[str] | None = None,
+) -> Interval:
     """Mean with its 95 % percentile bootstrap interval.
 
     Args:
-        values: one number per independent item. Shape (N,).
+        values: one number per item. Shape (N,).
         num_samples: resamples, at least 1.
         generator: source of the resamples.
+        groups: key of each item, for example its prompt; items of a group are drawn together, because they are not
+            independent. None draws every item by itself. Length N.
 
     Returns:
         The interval; its numbers are nan when there is no item.
@@ -34,20 +43,21 @@ def bootstrap_mean(values: ArrayLike, *, num_samples: int, generator: np.random.
     Raises:
         ShapeError: values that are not one-dimensional.
 
-    Source: Efron (1979); Efron and Tibshirani (1993), Section 13.3.
+    Source: Efron (1979); Efron and Tibshirani (1993), Section 13.3; groups: Davison and Hinkley (1997), Section 3.8.
     """
     values_N = _vector(values, "values")
     num_items = len(values_N)
     if num_items == 0:
         return Interval(mean=math.nan, low=math.nan, high=math.nan, num_items=0)
-    block = max(1, _DRAWS_PER_BLOCK // num_items)
-    means = np.concatenate(
-        [
-            values_N[generator.integers(num_items, size=(min(block, num_samples - start), num_items))].mean(axis=1)
-            for start in range(0, num_samples, block)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    places = np.arange(num_items) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums, counts = np.bincount(places, weights=values_N), np.bincount(places)
+    num_groups = len(counts)
+    block = max(1, _DRAWS_PER_BLOCK // num_groups)
+    means = []
+    for start in range(0, num_samples, block):
+        drawn = generator.integers(num_groups, size=(min(block, num_samples - start), num_groups))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Interval(mean=float(values_N.mean()), low=float(low), high=float(high), num_items=num_items)
 
 

@@ -51,6 +51,7 @@ def check_config(config: RunConfig) -> list[str]:
         raise ModelError(
             f"evaluate.judge={config.evaluate.judge} is neither a model directory nor a hub id such as org/name"
         )
+    _check_reward(config, num_layers=len(layers), width=architecture.hidden_size)
     sampled = config.online.num_rounds * config.online.prompts_per_round * config.online.num_samples
     sampler = (
         f"{config.sampler.num_engines} engine(s), {sampled} responses of up to {config.sampler.max_new_tokens} tokens"
@@ -63,6 +64,31 @@ def check_config(config: RunConfig) -> list[str]:
         f"method   {method_name(config)}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
         *([f"sampler  {sampler}"] if config.train.method != "offline" else []),
     ]
+
+
+def _check_reward(config: RunConfig, *, num_layers: int, width: int) -> None:
+    """What a reward needs besides the policy: a classifier with one output to read, or few enough weights.
+
+    Args:
+        config: of the run.
+        num_layers: kept layers.
+        width: of their states.
+
+    Raises:
+        ModelError: the classifier is not there, or has several outputs and none is named.
+        DataError: more weights than a Laplace posterior is made for.
+    """
+    from transformers import AutoConfig
+
+    from raylign.models.classifiers import reward_column
+    from raylign.models.loading import resolve_model
+    from raylign.rewards.laplace import check_size
+
+    if config.reward.kind == "external" and config.reward_model.model is not None:
+        path = resolve_model(config.reward_model.model, key="reward_model.model")
+        reward_column(AutoConfig.from_pretrained(path), config.reward_model.label, where=str(path))
+    if config.reward.kind == "laplace":
+        check_size(num_layers, width)
 
 
 def check_calibration(calibration: Calibration) -> list[str]:

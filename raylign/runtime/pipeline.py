@@ -190,7 +190,8 @@ class Phases:
             else:
                 fitted = fit_reward(pairs, config=config, layers=self.layers)
             fitted.save(directory)
-            return fitted.metrics
+            # not all that a reward is shows in its metrics
+            return {**fitted.metrics, "key": digest(key)}
 
         return self.run.phase("reward", key, work)
 
@@ -200,7 +201,7 @@ class Phases:
         external = None if section.model is None else resolve_model(section.model, key="reward_model.model")
         return {
             "reward_model": section.model_dump(exclude={"model", "batch_tokens"}),
-            "external": None if external is None else model_fingerprint(external),
+            "external": None if external is None else [model_fingerprint(external), tokenizer_fingerprint(external)],
             "policy": model_fingerprint(self.model),
             "dtype": self.config.policy.dtype,
         }

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from raylign.config import ConfidenceSection, RunConfig
-from raylign.errors import DataError
+from raylign.config import TEXT_REWARDS, ConfidenceSection, RunConfig
+from raylign.errors import ConfigError, DataError
 from raylign.evaluation.layers import layer_curve
 from raylign.evaluation.metrics import bootstrap_mean, brier, expected_calibration_error
 from raylign.rewards.confidence import count_flips, fit_temperature, pair_confidence
@@ -48,15 +48,21 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
         the per-layer `layers` curve, `warnings`, and counts.
 
     Raises:
+        ConfigError: a kind that reads texts.
         DataError: a split without pairs, or another number of layers than the states have.
     """
     settings, seed = config.reward, config.run.seed
+    if settings.kind in TEXT_REWARDS:
+        raise ConfigError(
+            f"reward.kind={settings.kind} reads texts, not hidden states; run it with `raylign align`, or take one of "
+            "hybrid, ensemble, brme and laplace here"
+        )
     states = read_states(features, max_pairs=settings.max_pairs)
     if layers is not None and len(layers) != states.chosen.shape[1]:
         raise DataError(f"the states have {states.chosen.shape[1]} layers, layers={list(layers)} names {len(layers)}")
     chosen, rejected, groups = states.part("train")
     *valid, _ = states.part("valid")
-    *test, _ = states.part("test")
+    *test, test_groups = states.part("test")
     fit = cross_fit(
         chosen,
         rejected,
@@ -70,6 +76,7 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
         fit.fold,
         valid=Held.of(fit.full, valid[0], valid[1]),
         test=Held.of(fit.full, test[0], test[1]),
+        test_groups=test_groups,
         is_out_of_fold=settings.folds > 1,
         config=config,
     )
@@ -87,7 +94,14 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
 
 
 def reward_facts(
-    train: Held, fold: torch.Tensor, *, valid: Held, test: Held, is_out_of_fold: bool, config: RunConfig
+    train: Held,
+    fold: torch.Tensor,
+    *,
+    valid: Held,
+    test: Held,
+    test_groups: Sequence[str],
+    is_out_of_fold: bool,
+    config: RunConfig,
 ) -> RewardFacts:
     """Calibrate a reward on the training and validation pairs, and judge it on the test pairs.
 
@@ -96,6 +110,7 @@ def reward_facts(
         fold: of each training pair. Shape (N,), int64.
         valid: beliefs about the validation pairs by what was fitted to all training pairs.
         test: likewise about the test pairs.
+        test_groups: prompt of each test pair.
         is_out_of_fold: what believes about training pairs was not fitted to them.
         config: sections reward and confidence, and the seed.
     """
@@ -120,7 +135,7 @@ def reward_facts(
             "num_test_pairs": len(test.chosen),
             "out_of_fold_accuracy": train.accuracy if is_out_of_fold else None,
             "temperature": temperature,
-            **held_out_metrics(test, facts, config.confidence, seed=config.run.seed),
+            **held_out_metrics(test, facts, config.confidence, groups=test_groups, seed=config.run.seed),
         }
     )
     return facts
@@ -260,7 +275,9 @@ def member_warnings(head: RewardHead, belief: RewardPosterior) -> list[str]:
     return found
 
 
-def held_out_metrics(held: Held, fitted: RewardFacts, confidence: ConfidenceSection, *, seed: int) -> dict[str, Any]:
+def held_out_metrics(
+    held: Held, fitted: RewardFacts, confidence: ConfidenceSection, *, groups: Sequence[str], seed: int
+) -> dict[str, Any]:
     """Accuracy and calibration of the full head on pairs it never saw."""
     margin = held.margin
     belief = pair_confidence(
@@ -277,7 +294,7 @@ def held_out_metrics(held: Held, fitted: RewardFacts, confidence: ConfidenceSect
     gamma = belief.label_confidence
     calibrated = margin.preference_prob(fitted.temperature)
     correct = (margin.mean > 0).double().numpy()
-    accuracy = bootstrap_mean(correct, num_samples=1000, generator=np.random.default_rng(seed))
+    accuracy = bootstrap_mean(correct, num_samples=1000, generator=np.random.default_rng(seed), groups=groups)
     return {
         "test_accuracy": {"mean": accuracy.mean, "low": accuracy.low, "high": accuracy.high},
         "test_ece": expected_calibration_error(gamma.numpy()),

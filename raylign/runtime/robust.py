@@ -23,7 +23,8 @@ def robust_rewards(posterior: RewardPosterior, robust: RobustSection) -> torch.T
         Shape (n,), without gradient.
     """
     mu, sigma = posterior.head_rewards, posterior.head_scales
-    if posterior.num_heads == 1:
+    # a posterior over weights is unsure even when it shows a single draw
+    if posterior.num_heads == 1 and robust.rule not in ("uwo", "lcb"):
         return posterior.mean.detach()
     if robust.set_type == "heads_global" and robust.rule in ("min", "brme"):
         w_nominal = robust.w_nominal if robust.rule == "brme" else 0.0

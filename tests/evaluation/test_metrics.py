@@ -159,3 +159,15 @@ def test_tensors_are_arrays_too_and_matrices_are_refused():
     assert metrics.pair_accuracy(torch.ones(3), torch.zeros(3)) == 1.0
     with pytest.raises(ShapeError, match="one-dimensional"):
         metrics.auroc(np.zeros((2, 2)), [1.0])
+
+
+def test_items_of_a_group_are_drawn_together():
+    """Twenty pairs of each of ten prompts that say the same are worth ten items, not two hundred."""
+    of_prompts = np.random.default_rng(0).normal(size=10)
+    repeated, keys = np.repeat(of_prompts, 20), [str(i) for i in np.repeat(np.arange(10), 20)]
+    alone = metrics.bootstrap_mean(of_prompts, num_samples=2000, generator=np.random.default_rng(1))
+    grouped = metrics.bootstrap_mean(repeated, num_samples=2000, generator=np.random.default_rng(1), groups=keys)
+    assert (grouped.low, grouped.high) == pytest.approx((alone.low, alone.high))
+    each = metrics.bootstrap_mean(repeated, num_samples=2000, generator=np.random.default_rng(1))
+    assert each.high - each.low < 0.4 * (grouped.high - grouped.low)
+    assert grouped.num_items == 200

@@ -66,11 +66,12 @@ def test_the_global_set_takes_one_member_for_all_responses():
     assert (robust_rewards(posterior, RobustSection(rule="min")) <= rewards).all()
 
 
+@pytest.mark.parametrize("draws", [[0.9, 1.0], [1.4]])
 @pytest.mark.parametrize("settings", [{"rule": "uwo", "uncertainty_weight": 2.0}, {"rule": "lcb", "lcb_k": 2.0}])
-def test_rules_of_moments_read_the_exact_ones_and_not_those_of_a_few_draws(settings):
-    """A posterior over weights: standard deviation 3 whatever its two draws say."""
+def test_rules_of_moments_read_the_exact_ones_and_not_those_of_a_few_draws(settings, draws):
+    """A posterior over weights: standard deviation 3 whatever its draws say, one as well as two."""
     posterior = RewardPosterior(
-        mean=torch.tensor([1.0]), deviations=torch.tensor([[3.0]]), head_rewards=torch.tensor([[0.9, 1.0]])
+        mean=torch.tensor([1.0]), deviations=torch.tensor([[3.0]]), head_rewards=torch.tensor([draws])
     )
     expected = 1 - 2 * (9.0 if settings["rule"] == "uwo" else 3.0)
     torch.testing.assert_close(robust_rewards(posterior, RobustSection(**settings)), torch.tensor([expected]))
