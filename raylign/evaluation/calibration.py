@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,11 +133,13 @@ class Unfamiliar:
 def noisy_quality(
     flip_rate: float, outcomes: Sequence[FitOutcome], groups: Sequence[str], *, num_samples: int, seed: int
 ) -> NoisyQuality:
-    """Quality of one reward model at one share of flips.
+    """Quality of one reward model at one share of flips; a tie counts as wrong.
 
     Every number is that of each seed's margins, averaged over seeds; one resample of prompts serves all seeds. The
-    calibration error is biased upward by the noise of its bins, hence the basic bootstrap and the limit, as in
-    `margin_quality`.
+    calibration error is biased upward by the noise of its bins, and resampling adds noise again, so its interval is the
+    basic bootstrap (the estimate twice, minus the resampled quantile), widened where needed to contain the estimate.
+    Near 0 that does not undo the whole bias: whether the error is more than noise is what the limit says, from orders
+    drawn with the stated probabilities.
 
     Args:
         flip_rate: that share.
@@ -145,6 +147,9 @@ def noisy_quality(
         groups: prompt of each test pair; pairs of one prompt are resampled together. Length B.
         num_samples: bootstrap resamples.
         seed: of the bootstrap; equal seeds resample alike, so that models differ only by their margins.
+
+    Source: MacKay (1992) for P; Davison and Hinkley (1997), Section 5.2, for the basic bootstrap; Bröcker and Smith
+    (2007) for the limit.
     """
     logits_SB = np.stack([outcome.logits for outcome in outcomes])
     stated_SB: Floats = np.exp(-np.logaddexp(0, -logits_SB))
@@ -154,7 +159,7 @@ def noisy_quality(
     return NoisyQuality(
         flip_rate=flip_rate,
         quality=MarginQuality(
-            accuracy=_mean((logits_SB > 0).mean(0), resamples),
+            accuracy=_accuracy((logits_SB > 0).mean(0), resamples, num_prompts=len(set(groups))),
             calibration_error=Interval(
                 mean=error,
                 low=max(0.0, min(float(low), error)),
@@ -185,6 +190,12 @@ def _mean(values_B: Floats, resamples: Sequence[NDArray[np.intp]]) -> Interval:
     """Mean with its percentile interval over resamples of rows."""
     low, high = np.quantile([values_B[rows].mean() for rows in resamples], [0.025, 0.975])
     return Interval(mean=float(values_B.mean()), low=float(low), high=float(high), num_items=len(values_B))
+
+
+def _accuracy(right_B: Floats, resamples: Sequence[NDArray[np.intp]], *, num_prompts: int) -> Interval:
+    """Mean with its interval; Wilson's over prompts, not pairs, where all pairs agree and resamples have no width."""
+    agreed = _agreed(right_B, num_prompts)
+    return _mean(right_B, resamples) if agreed is None else replace(agreed, num_items=len(right_B))
 
 
 def _calibration_error(stated_SB: Floats) -> float:
@@ -290,9 +301,19 @@ def round_points(
 
 def _share(shares_P: Floats, *, num_samples: int, seed: int) -> Interval:
     """Mean of shares; Wilson's interval where all prompts agree, which leaves the bootstrap without width."""
-    if bool((shares_P == 0).all() or (shares_P == 1).all()):
-        return wilson_interval(int(shares_P.sum()), len(shares_P))
-    return bootstrap_mean(shares_P, num_samples=num_samples, generator=np.random.default_rng(seed))
+    shares = np.clip(shares_P, 0, 1)  # sums of weights are rounded
+    agreed = _agreed(shares, len(shares))
+    if agreed is not None:
+        return agreed
+    return bootstrap_mean(shares, num_samples=num_samples, generator=np.random.default_rng(seed))
+
+
+def _agreed(shares: Floats, num_items: int) -> Interval | None:
+    """Wilson's interval of so many items if all shares are 0 or all are 1, up to rounding; else None."""
+    for end in (0, 1):
+        if np.allclose(shares, end, rtol=0, atol=1e-9):
+            return wilson_interval(end * num_items, num_items)
+    return None
 
 
 def _gain(now_P: Floats, first_P: Floats, *, is_first: bool, num_samples: int, seed: int) -> Interval:
