@@ -248,7 +248,7 @@ def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], prin
     connect(verbose=False)
     from raylign.report.data import to_plain
     from raylign.runtime.evaluate_job import run_evaluation
-    from raylign.runtime.pipeline import actor_options
+    from raylign.runtime.run_phases import actor_options
 
     result = run_evaluation(checkpoint, config=config.evaluate, seed=config.run.seed, options=actor_options(config))
     click.echo(json.dumps({"checkpoint": checkpoint, **to_plain(result.summary)}, indent=2))

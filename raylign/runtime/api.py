@@ -24,10 +24,10 @@ from raylign.runtime.fingerprints import pairs_fingerprint
 from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.ingest_job import QUARANTINE_FILE, read_pairs, run_ingest
 from raylign.runtime.phases import digest
-from raylign.runtime.pipeline import actor_options
 from raylign.runtime.progress import phase_line
 from raylign.runtime.rank_job import rank_pairs
 from raylign.runtime.reward_job import fit_reward as fit_heads
+from raylign.runtime.run_phases import actor_options
 from raylign.runtime.trainer import run_training
 
 Sections = Mapping[str, Mapping[str, Any]]

@@ -32,10 +32,10 @@ from raylign.runtime.evaluate_job import evaluation_inputs
 from raylign.runtime.features_job import read_features
 from raylign.runtime.pair_states import read_states
 from raylign.runtime.phases import digest, renamed, write_json
-from raylign.runtime.pipeline import Phases, actor_options, check_demand, open_phases
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, save_outcome
 from raylign.runtime.round_judge import judge_rounds
+from raylign.runtime.run_phases import Phases, actor_options, check_demand, open_phases
 
 SHARED = "shared"
 _FIT_TIMEOUT_S = 3600.0

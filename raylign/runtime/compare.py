@@ -27,8 +27,8 @@ from raylign.runtime.evaluate_job import (
     save_completions,
 )
 from raylign.runtime.phases import Run, digest, renamed, write_json
-from raylign.runtime.pipeline import POLICY_DIR, Phases, actor_options, check_demand, open_phases
 from raylign.runtime.reward_scorer import make_reward_scorer
+from raylign.runtime.run_phases import POLICY_DIR, Phases, actor_options, check_demand, open_phases
 from raylign.types import Completion
 
 SHARED = "shared"

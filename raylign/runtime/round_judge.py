@@ -23,7 +23,7 @@ from raylign.runtime.evaluate_job import evaluation_inputs
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.identity import method_identity
 from raylign.runtime.online_trainer import ROUNDS_DIR
-from raylign.runtime.pipeline import Phases, actor_options
+from raylign.runtime.run_phases import Phases, actor_options
 from raylign.training.rounds import Round, RoundStore
 
 _TIMEOUT_S = 3600.0

@@ -21,9 +21,9 @@ from raylign.runtime.calibrate import calibrate, write_calibration
 from raylign.runtime.candidates_job import Candidates
 from raylign.runtime.pair_states import PairStates
 from raylign.runtime.phases import Run
-from raylign.runtime.pipeline import Phases
 from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, reversed_pairs, save_outcome
 from raylign.runtime.round_judge import _outcome
+from raylign.runtime.run_phases import Phases
 
 NUM_LAYERS, WIDTH, PER_PROMPT = 2, 6, 8
 FAST = {
