@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 import ray
@@ -47,9 +47,6 @@ from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward
 from raylign.runtime.tracking import track_run
 from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
-
-if TYPE_CHECKING:
-    pass
 
 POLICY_DIR = "policy"
 
