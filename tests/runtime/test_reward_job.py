@@ -144,10 +144,10 @@ def test_sampling_pairs_takes_whole_rows_in_order(ray_cluster):
     table = made_up_pairs()
     states = read_states(ray.data.from_arrow(table).repartition(7), max_pairs=60)
     chosen, _ = read_rows(table)
-    assert len(states.prompt_key) == 120
+    assert len(states.prompt_key) == 156  # 60 of the 144 training pairs, and 48 of each held-out split
     ids = table["row_id"].to_pylist()
     kept = sorted(row_id for row_id in ids if table["prompt_key"][ids.index(row_id)].as_py() in set(states.prompt_key))
-    assert len(kept) == 120
+    assert len(kept) == 156
     for i, row_id in enumerate(kept):
         assert torch.equal(states.chosen[i], chosen[ids.index(row_id)])
 
