@@ -62,6 +62,21 @@ def grouped_folds(groups: Sequence[str], num_folds: int, seed: int) -> torch.Ten
     return torch.tensor([folds[group] for group in groups], dtype=torch.int64)
 
 
+def checked_folds(groups: Sequence[str], num_folds: int, seed: int) -> torch.Tensor:
+    """`grouped_folds` that leave something to fit on whichever fold is left out.
+
+    Raises:
+        DataError: a fold that holds all groups.
+    """
+    fold_N = grouped_folds(groups, num_folds, seed)
+    if num_folds > 1 and len(groups) and bool((fold_N == fold_N[0]).all()):
+        raise DataError(
+            f"all {len(set(groups))} prompts fall into fold {int(fold_N[0])} of {num_folds}: use more prompts or "
+            "reward.folds=1"
+        )
+    return fold_N
+
+
 def cross_fit(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
@@ -93,8 +108,8 @@ def cross_fit(
     check_pairs(chosen, rejected)
     if len(groups) != len(chosen):
         raise ShapeError(f"{len(groups)} groups for {len(chosen)} pairs")
+    fold_N = checked_folds(groups, num_folds, seed)
     full = fit(torch.arange(len(chosen)))
-    fold_N = grouped_folds(groups, num_folds, seed)
     if num_folds == 1:
         return CrossFit(
             heads=(full,), full=full, fold=fold_N, chosen=predict(full, chosen), rejected=predict(full, rejected)
@@ -102,11 +117,6 @@ def cross_fit(
     heads, rows, beliefs = [], [], []
     for fold in range(num_folds):
         is_held_out_N = fold_N == fold
-        if bool(is_held_out_N.all()):
-            raise DataError(
-                f"all {len(set(groups))} prompts fall into fold {fold} of {num_folds}: use more prompts or "
-                "reward.folds=1"
-            )
         heads.append(fit((~is_held_out_N).nonzero()[:, 0]))
         held_out = is_held_out_N.nonzero()[:, 0]
         rows.append(held_out)

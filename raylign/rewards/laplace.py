@@ -1,7 +1,8 @@
 r"""Laplace posterior of a linear Bradley-Terry reward: the most probable weights and what the pairs leave open.
 
-Everything is float64, by Cholesky. Memory is one d x d matrix: `laplace_statistics` adds it up block by block, and
-those of shards of the data add up to those of all of it.
+Everything is float64, by Cholesky. `laplace_statistics` adds its d x d matrix up block by block, and those of shards of
+the data add up to those of all of it. A fit holds about four such matrices while it runs and keeps one, the factor; a
+reward cross-fitted over K folds keeps K + 1 of them, and so does whatever loads it (0.5 GiB each at d = 8192).
 
 Shape letters: n responses, B pairs of a block, L layers, D hidden width, d = L D weights, M draws.
 """
@@ -44,9 +45,10 @@ class LaplaceReward(RewardHead):
         layer_mean: \(\mu\). Shape (L, D).
         layer_rms: \(\rho\). Shape (L,).
         draws: M draws of w. Shape (M, d), float64.
+        prior_precision: of the prior of w, a record only. Shape ().
 
     Attributes:
-        weight, hessian_factor, layer_mean, layer_rms, draws: buffers; none is trained by gradient.
+        weight, hessian_factor, layer_mean, layer_rms, draws, prior_precision: buffers; none is trained by gradient.
 
     Raises:
         ShapeError: tensors that do not fit together.
@@ -59,6 +61,7 @@ class LaplaceReward(RewardHead):
     layer_mean: torch.Tensor
     layer_rms: torch.Tensor
     draws: torch.Tensor
+    prior_precision: torch.Tensor
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class LaplaceReward(RewardHead):
         layer_mean: torch.Tensor,
         layer_rms: torch.Tensor,
         draws: torch.Tensor,
+        prior_precision: torch.Tensor,
     ) -> None:
         super().__init__()
         self.num_layers, self.hidden_size = layer_mean.shape
@@ -82,6 +86,7 @@ class LaplaceReward(RewardHead):
         self.register_buffer("layer_mean", layer_mean)
         self.register_buffer("layer_rms", layer_rms)
         self.register_buffer("draws", draws)
+        self.register_buffer("prior_precision", prior_precision)
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> LaplaceReward:
@@ -91,7 +96,7 @@ class LaplaceReward(RewardHead):
             KeyError: a tensor is missing.
             ShapeError: tensors that do not fit together.
         """
-        names = ("weight", "hessian_factor", "layer_mean", "layer_rms", "draws")
+        names = ("weight", "hessian_factor", "layer_mean", "layer_rms", "draws", "prior_precision")
         return cls(**{name: state[name].clone() for name in names})
 
     def forward(self, features_nLD: torch.Tensor) -> RewardPosterior:
@@ -268,7 +273,7 @@ def fit_laplace(
     """
     check_pairs(chosen, rejected)
     check_pairs(valid_chosen, valid_rejected)
-    _check_size(*chosen.shape[1:])
+    check_size(*chosen.shape[1:])
     layer_mean_LD, layer_rms_L = fit_normalizer(chosen, rejected)
 
     def differences(some_chosen: torch.Tensor, some_rejected: torch.Tensor) -> torch.Tensor:
@@ -303,6 +308,7 @@ def fit_laplace(
         layer_mean=layer_mean_LD,
         layer_rms=layer_rms_L,
         draws=best.weight + spread_dM.T,
+        prior_precision=torch.tensor(best.prior_precision, dtype=torch.float64, device=chosen.device),
     )
     return LaplaceFit(head=head, prior_precision=best.prior_precision, valid_losses=valid_losses)
 
@@ -324,7 +330,12 @@ def _factor(hessian_dd: torch.Tensor, prior_precision: float) -> torch.Tensor:
     return factor_dd
 
 
-def _check_size(num_layers: int, width: int) -> None:
+def check_size(num_layers: int, width: int) -> None:
+    """Refuse states whose posterior would not fit.
+
+    Raises:
+        DataError: more than `MAX_WEIGHTS` weights, with the memory that they would take.
+    """
     num_weights = num_layers * width
     if num_weights > MAX_WEIGHTS:
         raise DataError(

@@ -6,10 +6,11 @@ each member's rewards and the fold that was left out for them.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,19 +19,23 @@ import torch
 
 from raylign.config import RunConfig
 from raylign.evaluation.layers import layer_curve
+from raylign.rewards.cross_fit import checked_folds
+from raylign.rewards.member_facts import ANCHOR_LIMIT, anchor_spread
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.execution import execution
-from raylign.runtime.fitted_reward import FULL, FittedTexts
+from raylign.runtime.fitted_reward import FULL, FittedTexts, RewardFacts
 from raylign.runtime.pair_states import read_states
 from raylign.runtime.rank_job import pair_folds, scored_beliefs
 from raylign.runtime.reward_job import Held, reward_facts
 from raylign.runtime.text_reward_job import fit_members
-from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, score_dataset
+from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, REWARD_FILE, read_facts, score_dataset
 
 if TYPE_CHECKING:
     import ray.data
 
 SCORED_DIR = "scored"
+
+logger = logging.getLogger(__name__)
 
 
 def fit_text_reward(
@@ -39,7 +44,8 @@ def fit_text_reward(
     """Fit the members, score every pair by members that did not see its prompt, and judge them on the test split.
 
     An external classifier saw none of the pairs: it scores them all. With reward.folds=1 members score the pairs that
-    they were fitted to.
+    they were fitted to. Members that an interrupted call finished for a fold are kept; the caller promises that the
+    directory is of the same inputs.
 
     Args:
         features: pairs with token ids; their states serve the per-layer curve of the report alone.
@@ -49,19 +55,21 @@ def fit_text_reward(
         options: of the actors that score; one member is fitted with the CPUs and GPUs of one of them.
 
     Returns:
-        What `fit_reward` returns, for texts; saved by the caller.
+        What `fit_reward` returns, for texts; saved by the caller. Its metrics also hold `members` (fold that was left
+        out, validation accuracy and last loss of each) and for reward.kind=warm `merged_valid_accuracy`.
 
     Raises:
-        DataError: a split without pairs.
+        DataError: a split without pairs, or a fold with all prompts; before anything is fitted.
         ModelError: a classifier or tokenizer that cannot be used.
         TrainingError: a member that cannot be fitted.
     """
     is_external, num_folds = config.reward.kind == "external", config.reward.folds
-    parts: dict[int, Path | None] = {FULL: None if is_external else directory / "full"}
-    if not is_external:
-        if num_folds > 1:
-            parts |= {fold: directory / f"fold{fold}" for fold in range(num_folds)}
-        for fold, members in parts.items():
+    curve = _layers(features, config)
+    fits = {} if is_external else {FULL: directory / "full"}
+    if not is_external and num_folds > 1:
+        fits |= {fold: directory / f"fold{fold}" for fold in range(num_folds)}
+    for fold, members in fits.items():
+        if not (members / REWARD_FILE).exists():
             fit_members(
                 features,
                 reward=config.reward,
@@ -81,6 +89,7 @@ def fit_text_reward(
         batch_format="pyarrow",
         fn_kwargs={"num_folds": 0 if is_external else num_folds, "seed": config.run.seed},
     )
+    parts: dict[int, Path | None] = {**fits} or {FULL: None}
     for fold, members in parts.items():
         # with one fold what was fitted to all pairs is all that there is
         own = pairs if len(parts) == 1 else pairs.map_batches(_only, batch_format="pyarrow", fn_kwargs={"fold": fold})
@@ -89,11 +98,28 @@ def fit_text_reward(
         )
         with execution(rewarded):
             rewarded.write_parquet(str(scored / f"part{fold}"))
-    return _judged(scored, features, config=config, directory=directory)
+    facts = _judged(scored, config)
+    facts.metrics["layers"] = curve
+    facts.metrics.update(_member_metrics(fits))
+    for warning in facts.metrics["warnings"]:
+        logger.warning("reward.kind=%s: %s", config.reward.kind, warning)
+    return FittedTexts(**{field.name: getattr(facts, field.name) for field in fields(facts)}, directory=directory)
 
 
-def _judged(scored: Path, features: ray.data.Dataset, *, config: RunConfig, directory: Path) -> FittedTexts:
-    table = pa.dataset.dataset(scored).to_table(columns=["row_id", "split", "fold", *HEAD_REWARD_COLUMNS])
+def _layers(features: ray.data.Dataset, config: RunConfig) -> list[dict[str, Any]]:
+    """The per-layer curve; what is wrong with splits and folds is found here."""
+    states = read_states(features, max_pairs=config.reward.max_pairs)
+    chosen, rejected, groups = states.part("train")
+    states.part("valid")
+    test_chosen, test_rejected, _ = states.part("test")
+    if config.reward.kind != "external":
+        checked_folds(groups, config.reward.folds, config.run.seed)
+    curve = layer_curve(chosen, rejected, test_chosen=test_chosen, test_rejected=test_rejected, ridge=_RIDGE)
+    return [asdict(record) for record in curve]
+
+
+def _judged(scored: Path, config: RunConfig) -> RewardFacts:
+    table = pa.dataset.dataset(scored).to_table(columns=["row_id", "prompt_key", "split", "fold", *HEAD_REWARD_COLUMNS])
     table = table.sort_by("row_id")
     held = {}
     for split in ("train", "valid", "test"):
@@ -101,13 +127,44 @@ def _judged(scored: Path, features: ray.data.Dataset, *, config: RunConfig, dire
         held[split] = (Held(*scored_beliefs(part)), torch.from_numpy(part["fold"].to_numpy().astype("int64")))
     is_out_of_fold = config.reward.kind == "external" or config.reward.folds > 1
     facts = reward_facts(
-        *held["train"], valid=held["valid"][0], test=held["test"][0], is_out_of_fold=is_out_of_fold, config=config
+        *held["train"],
+        valid=held["valid"][0],
+        test=held["test"][0],
+        test_groups=table.filter(pc.equal(table["split"], "test"))["prompt_key"].to_pylist(),
+        is_out_of_fold=is_out_of_fold,
+        config=config,
     )
-    states = read_states(features, max_pairs=config.reward.max_pairs)
-    (chosen, rejected, _), (test_chosen, test_rejected, _) = states.part("train"), states.part("test")
-    curve = layer_curve(chosen, rejected, test_chosen=test_chosen, test_rejected=test_rejected, ridge=_RIDGE)
-    facts.metrics["layers"] = [asdict(record) for record in curve]
-    return FittedTexts(**{field.name: getattr(facts, field.name) for field in fields(facts)}, directory=directory)
+    test = held["test"][0]
+    facts.metrics["warnings"] = _warnings(torch.cat([test.chosen.head_rewards, test.rejected.head_rewards]))
+    return facts
+
+
+def _warnings(head_rewards: torch.Tensor) -> list[str]:
+    """What makes a rule over members mean less than it seems to, from rewards (n, M) of held-out answers."""
+    spread = anchor_spread(head_rewards)
+    if spread <= ANCHOR_LIMIT:
+        return []
+    return [
+        f"the zeros of the members lie {spread:.2f} apart in units of what a member says (limit {ANCHOR_LIMIT:g}), "
+        "so that a minimum over members is mostly that of the lowest zero; set reward.standardize=true"
+    ]
+
+
+def _member_metrics(fits: dict[int, Path]) -> dict[str, Any]:
+    """How well each member of each fit learned; what an external classifier has none of."""
+    metrics: dict[str, Any] = {"members": []}
+    for fold, directory in fits.items():
+        facts = read_facts(directory)
+        metrics["members"] += [
+            {
+                "fold": None if fold == FULL else fold,
+                **{name: record[name] for name in ("member", "valid_accuracy", "last_loss")},
+            }
+            for record in facts["members"]
+        ]
+        if fold == FULL and "merged_valid_accuracy" in facts:
+            metrics["merged_valid_accuracy"] = facts["merged_valid_accuracy"]
+    return metrics if fits else {}
 
 
 _RIDGE = 0.1  # of the per-layer curve; reward.ridge belongs to probes

@@ -153,10 +153,14 @@ class LiveConfidence:
             self._track_stored_order()
 
     def state_dict(self) -> dict[str, Any]:
-        """Centre, heads and their optimiser: tensors and plain values only."""
+        """Centre, and where heads are tracked the heads and their optimiser: tensors and plain values only.
+
+        Heads that stay are in the directory of the reward, and can be larger than the policy.
+        """
+        is_tracked = self._optimizer is not None
         return {
             "center": self.center.value,
-            "heads": [head.state_dict() for head in self._heads],
+            "heads": [head.state_dict() for head in self._heads] if is_tracked else None,
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
         }
 
@@ -164,18 +168,25 @@ class LiveConfidence:
         """Continue from `state_dict`.
 
         Raises:
-            CheckpointError: the state is of other heads.
+            CheckpointError: the state is of other heads, or of a run that tracked its heads and this one does not, or
+                the other way round.
         """
-        if len(state["heads"]) != len(self._heads):
+        saved = state["heads"]
+        if (saved is None) != (self._optimizer is None):
             raise CheckpointError(
-                f"the checkpoint holds {len(state['heads'])} reward heads, this run has {len(self._heads)}"
+                f"the checkpoint holds {'no ' * (saved is None)}tracked reward heads, this run has "
+                f"confidence.track={self._settings.track}; resume with the configuration of the run"
             )
-        for head, saved in zip(self._heads, state["heads"], strict=True):
-            head.load_state_dict(saved)
+        if self._optimizer is not None:
+            if len(saved) != len(self._heads):
+                raise CheckpointError(
+                    f"the checkpoint holds {len(saved)} reward heads, this run has {len(self._heads)}"
+                )
+            for head, tensors in zip(self._heads, saved, strict=True):
+                head.load_state_dict(tensors)
+            self._optimizer.load_state_dict(state["optimizer"])
         center = state["center"]
         self.center = EmaCenter(None if center is None else center.to(self._world.device))
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
 
     def _needs_whole_batch(self) -> bool:
         is_first_center = self._settings.center == "ema" and self.center.value is None

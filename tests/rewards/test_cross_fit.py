@@ -119,10 +119,14 @@ def test_one_fold_scores_with_the_head_that_saw_the_pairs():
     assert torch.equal(crossed.chosen.mean, predict(crossed.full, chosen).mean)
 
 
-def test_one_prompt_cannot_be_cross_fitted():
+def test_one_prompt_cannot_be_cross_fitted_and_nothing_is_fitted_first():
     chosen, rejected = simulate(20, 2, 4)
+
+    def fit(rows: torch.Tensor) -> None:
+        raise AssertionError(f"{len(rows)} pairs were fitted to before the folds were checked")
+
     with pytest.raises(DataError, match=re.escape("all 1 prompts fall into fold")):
-        cross_fitted(chosen, rejected, ["same"] * 20)
+        cross_fit(chosen, rejected, ["same"] * 20, num_folds=3, seed=0, fit=fit)
 
 
 def test_every_pair_needs_a_group():

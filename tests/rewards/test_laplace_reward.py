@@ -200,6 +200,7 @@ def test_head_comes_back_from_its_tensors_and_scores_alike_twice():
     assert torch.equal(first.deviations, head(answers).deviations) and torch.equal(first.mean, head(answers).mean)
     assert not first.mean.requires_grad and first.mean.dtype == torch.float32
     assert (again.num_heads, again.num_layers, again.hidden_size) == (4, 2, 3)
+    assert again.prior_precision.item() == fitted().prior_precision
 
 
 def test_too_many_weights_are_refused_with_the_memory_they_would_take():

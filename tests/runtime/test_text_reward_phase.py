@@ -5,11 +5,13 @@ Ray, transformers and peft are real; the policy has two layers, and states and t
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.dataset
 import pytest
 import torch
@@ -17,15 +19,16 @@ from tiny_texts import save_policy, text_pairs
 
 from raylign.config import ConfidenceSection, RewardModelSection, RunConfig, load_config
 from raylign.data.states import states_to_column
-from raylign.errors import CheckpointError
+from raylign.errors import CheckpointError, DataError
 from raylign.rewards.cross_fit import grouped_folds
+from raylign.runtime import text_reward_phase
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.fitted_reward import FULL, FittedReward, FittedTexts, load_reward
 from raylign.runtime.rank_job import rank_table
 from raylign.runtime.reward_scorer import load_response_reward
 from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward
-from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, make_text_reward
+from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, REWARD_FILE, make_text_reward
 
 OPTIONS = ActorOptions(num_cpus=0.5, dtype="float32")
 
@@ -101,8 +104,70 @@ def test_what_is_saved_is_read_back_and_is_no_head_on_states(directory):
     assert fitted.metrics["out_of_fold_accuracy"] > 0.7
     assert fitted.metrics["test_disagreement"] > 0
     assert [record["position"] for record in fitted.metrics["layers"]] == [0, 1]
+    assert fitted.metrics["warnings"] == []
+    members = fitted.metrics["members"]
+    assert [(record["fold"], record["member"]) for record in members] == [
+        (fold, member) for fold in (None, 0, 1) for member in (0, 1)
+    ]
+    assert all(record["valid_accuracy"] > 0.7 and record["last_loss"] > 0 for record in members)
     with pytest.raises(CheckpointError, match="reward of texts"):
         FittedReward.load(directory)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_second_call_fits_only_what_the_first_did_not_finish(directory, table, policy_dir, tmp_path, monkeypatch):
+    import ray.data
+
+    shutil.copytree(directory, tmp_path / "reward")
+    (tmp_path / "reward" / "fold1" / REWARD_FILE).unlink()
+    fitted_to = []
+
+    def fit(*args: Any, output_dir: Path, **options: Any) -> Any:
+        fitted_to.append((output_dir.name, options["excluded_folds"]))
+        shutil.copy(directory / "fold1" / REWARD_FILE, output_dir)
+
+    monkeypatch.setattr(text_reward_phase, "fit_members", fit)
+    again = fit_text_reward(
+        ray.data.from_arrow(table),
+        config=config_of(),
+        model_path=policy_dir,
+        directory=tmp_path / "reward",
+        options=OPTIONS,
+    )
+    assert fitted_to == [("fold1", [1])]
+    assert again.metrics["members"] == load_reward(directory).metrics["members"]
+    assert again.metrics["temperature"] == pytest.approx(load_reward(directory).metrics["temperature"], rel=1e-3)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("valid", "no pair in the 'valid' split"), ("test", "no pair in the 'test' split"), ("fold", "fall into fold")],
+)
+def test_what_is_missing_is_said_before_anything_is_fitted(change, message, table, tmp_path, ray_cluster, monkeypatch):
+    import ray.data
+
+    def fit(*args: Any, **options: Any) -> None:
+        raise AssertionError("fitted")
+
+    monkeypatch.setattr(text_reward_phase, "fit_members", fit)
+    if change == "fold":
+        keys = pa.array(["same"] * len(table))
+        left = table.set_column(table.column_names.index("prompt_key"), "prompt_key", keys)
+    else:
+        left = table.filter(pa.compute.not_equal(table["split"], change))
+    with pytest.raises(DataError, match=message):
+        fit_text_reward(
+            ray.data.from_arrow(left), config=config_of(), model_path="none", directory=tmp_path, options=OPTIONS
+        )
+
+
+def test_members_without_a_common_zero_are_warned_of():
+    rewards = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    assert text_reward_phase._warnings(rewards) == text_reward_phase._warnings(rewards[:, :1]) == []
+    (warning,) = text_reward_phase._warnings(rewards + torch.tensor([0.0, 2.0, 4.0]))
+    assert "1.6" in warning and "reward.standardize" in warning
 
 
 @pytest.mark.ray
@@ -153,7 +218,7 @@ def test_an_external_classifier_scores_all_pairs_without_folds(directory, table,
     fitted = fit_text_reward(
         ray.data.from_arrow(table), config=config, model_path=policy_dir, directory=tmp_path, options=OPTIONS
     )
-    assert fitted.members is None
+    assert fitted.members is None and "members" not in fitted.metrics
     assert fitted.metrics["out_of_fold_accuracy"] > 0.7
     scored = pa.dataset.dataset(tmp_path / SCORED_DIR).to_table()
     assert set(scored["fold"].to_pylist()) == {FULL}

@@ -230,8 +230,28 @@ def test_untrained_probes_stay() -> None:
 
 
 def test_state_of_other_heads_is_refused() -> None:
+    tracked = make_live(num_heads=3, track="anchor").state_dict()
     with pytest.raises(CheckpointError, match="holds 3 reward heads, this run has 2"):
-        make_live().load_state_dict(make_live(num_heads=3).state_dict())
+        make_live(track="anchor").load_state_dict(tracked)
+    with pytest.raises(CheckpointError, match=r"holds tracked reward heads, .* confidence\.track=none"):
+        make_live().load_state_dict(tracked)
+    with pytest.raises(CheckpointError, match=r"holds no tracked reward heads, .* confidence\.track=anchor"):
+        make_live(track="anchor").load_state_dict(make_live().state_dict())
+
+
+@pytest.mark.parametrize("track", ["none", "anchor"])
+def test_heads_that_stay_are_not_in_the_state_and_the_next_update_is_the_same(track: Any) -> None:
+    policy, live = PolicyForward(tiny_model()), make_live(track=track)
+    update(policy, live)
+    resumed, state = make_live(track=track), live.state_dict()
+    assert (state["heads"] is None) == (track == "none")
+    resumed.load_state_dict(copy.deepcopy(state))
+    assert resumed.center == live.center
+    outcomes = [update(copy.deepcopy(policy), each, number=1) for each in (live, resumed)]
+    assert torch.equal(*(summary.columns["confidence"] for summary, _ in outcomes))
+    for mine, theirs in zip(live.heads, resumed.heads, strict=True):
+        for name, tensor in mine.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name])
 
 
 def test_what_is_missing_is_named() -> None:

@@ -138,7 +138,8 @@ def assert_bitwise(first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("adapter", "track"), [("full", None), ("lora", None), ("full", "anchor"), ("lora", "stored_order")]
+    ("adapter", "track"),
+    [("full", None), ("lora", None), ("full", "none"), ("full", "anchor"), ("lora", "stored_order")],
 )
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(
     model_dir: Path, tmp_path: Path, adapter: str, track: str | None
