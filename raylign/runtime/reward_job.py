@@ -267,12 +267,24 @@ def member_warnings(head: RewardHead, belief: RewardPosterior) -> list[str]:
                 f"sigma lies on its floor for {share:.0%} of the test answers (variance collapse), so that which head "
                 "is the most confident is rounding; use brme.loss=gaussian_nll, beta_nll or mse_reparam_kl"
             )
-    if belief.num_heads > 1 and (spread := anchor_spread(belief.head_rewards)) > ANCHOR_LIMIT:
-        found.append(
-            f"the zeros of the members lie {spread:.2f} apart in units of what a member says (limit {ANCHOR_LIMIT:g}), "
-            "so that a minimum over members is mostly that of the lowest zero; keep reward.standardize=true"
-        )
+    found += anchor_warnings(belief.head_rewards)
     return found
+
+
+def anchor_warnings(head_rewards: torch.Tensor) -> list[str]:
+    """That a minimum over members is not one, where they have no common zero.
+
+    Args:
+        head_rewards: of held-out answers by each member. Shape (n, M).
+    """
+    spread = anchor_spread(head_rewards)
+    if spread <= ANCHOR_LIMIT:
+        return []
+    return [
+        f"the zeros of the members lie {spread:.2f} apart in units of what a member says (limit {ANCHOR_LIMIT:g}), so "
+        "that a minimum over members is mostly that of the lowest zero; use robust.rule=mean, or "
+        "reward.standardize=true where the kind reads it"
+    ]
 
 
 def held_out_metrics(

@@ -20,13 +20,12 @@ import torch
 from raylign.config import RunConfig
 from raylign.evaluation.layers import layer_curve
 from raylign.rewards.cross_fit import checked_folds
-from raylign.rewards.member_facts import ANCHOR_LIMIT, anchor_spread
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.execution import execution
 from raylign.runtime.fitted_reward import FULL, FittedTexts, RewardFacts
 from raylign.runtime.pair_states import read_states
 from raylign.runtime.rank_job import pair_folds, scored_beliefs
-from raylign.runtime.reward_job import Held, reward_facts
+from raylign.runtime.reward_job import Held, anchor_warnings, reward_facts
 from raylign.runtime.text_reward_job import fit_members
 from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, REWARD_FILE, read_facts, score_dataset
 
@@ -135,19 +134,8 @@ def _judged(scored: Path, config: RunConfig) -> RewardFacts:
         config=config,
     )
     test = held["test"][0]
-    facts.metrics["warnings"] = _warnings(torch.cat([test.chosen.head_rewards, test.rejected.head_rewards]))
+    facts.metrics["warnings"] = anchor_warnings(torch.cat([test.chosen.head_rewards, test.rejected.head_rewards]))
     return facts
-
-
-def _warnings(head_rewards: torch.Tensor) -> list[str]:
-    """What makes a rule over members mean less than it seems to, from rewards (n, M) of held-out answers."""
-    spread = anchor_spread(head_rewards)
-    if spread <= ANCHOR_LIMIT:
-        return []
-    return [
-        f"the zeros of the members lie {spread:.2f} apart in units of what a member says (limit {ANCHOR_LIMIT:g}), "
-        "so that a minimum over members is mostly that of the lowest zero; set reward.standardize=true"
-    ]
 
 
 def _member_metrics(fits: dict[int, Path]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Shape letters: N pairs, B pairs of a batch, M members.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,6 @@ def train_members(
     options: MemberTraining,
     seeds: Sequence[int],
     weights: torch.Tensor | None = None,
-    on_update: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     r"""Train members in one loop.
 
@@ -75,7 +74,6 @@ def train_members(
         options: steps and losses.
         seeds: of each member's order of pairs.
         weights: how often each member counts each pair; None counts all alike. Shape (N, M).
-        on_update: called with finished updates and their number after each.
 
     Returns:
         Mean loss of each member's updates in nats, without the diversity term. Shape (M, updates), float32.
@@ -119,8 +117,6 @@ def train_members(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if on_update is not None:
-            on_update(update + 1, num_updates)
     forward.eval().requires_grad_(False)
     return losses_MU
 

@@ -26,6 +26,7 @@ from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.fitted_reward import FULL, FittedReward, FittedTexts, load_reward
 from raylign.runtime.rank_job import rank_table
+from raylign.runtime.reward_job import anchor_warnings
 from raylign.runtime.reward_scorer import load_response_reward
 from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward
 from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, REWARD_FILE, make_text_reward
@@ -165,8 +166,8 @@ def test_what_is_missing_is_said_before_anything_is_fitted(change, message, tabl
 
 def test_members_without_a_common_zero_are_warned_of():
     rewards = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-    assert text_reward_phase._warnings(rewards) == text_reward_phase._warnings(rewards[:, :1]) == []
-    (warning,) = text_reward_phase._warnings(rewards + torch.tensor([0.0, 2.0, 4.0]))
+    assert anchor_warnings(rewards) == anchor_warnings(rewards[:, :1]) == []
+    (warning,) = anchor_warnings(rewards + torch.tensor([0.0, 2.0, 4.0]))
     assert "1.6" in warning and "reward.standardize" in warning
 
 
