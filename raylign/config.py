@@ -15,8 +15,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from raylign.config_ava import AvaSection, TokenRewardSection
 from raylign.config_cost_model import CostModelSection
-from raylign.config_effects import TEXT_REWARDS, check_devices, check_effects, cost_source, idle_keys, needs_cost
+from raylign.config_effects import (
+    TEXT_REWARDS,
+    TOKEN_REWARDS,
+    check_devices,
+    check_effects,
+    cost_source,
+    idle_keys,
+    needs_cost,
+)
 from raylign.config_sections import (
     EMBEDDED,
     BrmeSection,
@@ -44,6 +53,8 @@ from raylign.errors import ConfigError
 __all__ = [
     "EMBEDDED",
     "TEXT_REWARDS",
+    "TOKEN_REWARDS",
+    "AvaSection",
     "BrmeSection",
     "ConfidenceSection",
     "ConstraintSection",
@@ -63,6 +74,7 @@ __all__ = [
     "RunSection",
     "SamplerSection",
     "Section",
+    "TokenRewardSection",
     "TrackingSection",
     "TrainSection",
     "check_devices",
@@ -88,6 +100,8 @@ class RunConfig(Section):
     reward: RewardSection = RewardSection()
     brme: BrmeSection = BrmeSection()
     reward_model: RewardModelSection = RewardModelSection()
+    token_reward: TokenRewardSection = TokenRewardSection()
+    ava: AvaSection = AvaSection()
     robust: RobustSection = RobustSection()
     confidence: ConfidenceSection = ConfidenceSection()
     train: TrainSection = TrainSection()
@@ -123,6 +137,8 @@ class RunConfig(Section):
             return filled
         if reward.get("kind") in ("lora_ensemble", "warm"):
             filled["reward"] = {"folds": 2, **reward}
+        if reward.get("kind") in TOKEN_REWARDS:
+            filled["reward"] = {"folds": 2, "num_heads": 1, "head_data": "all", **reward}
         is_read = train.get("method", "offline") != "offline" or evaluate.get("best_of", 1) != 1
         if reward.get("kind") == "brme" and reward.get("num_heads") != 1 and is_read:
             filled["robust"] = {"rule": "brme", **robust}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from raylign.config_ava import AvaSection
 from raylign.config_cost_model import CostModelSection
 from raylign.config_sections import (
     EMBEDDED,
@@ -24,7 +25,11 @@ from raylign.errors import ConfigError
 if TYPE_CHECKING:
     from raylign.config import RunConfig
 
-TEXT_REWARDS = ("lora_ensemble", "warm", "external")  # kinds that read texts instead of cached hidden states
+TOKEN_REWARDS = ("ava_p", "ava_d", "token_bt")  # kinds that reward every token of a text
+# kinds that read texts instead of cached hidden states
+TEXT_REWARDS = ("lora_ensemble", "warm", "external", *TOKEN_REWARDS)
+AVA = ("ava_p", "ava_d")  # rewards and objectives
+PAIR_OBJECTIVES = ("dpo", "cdpo", "rdpo", "ipo")  # over pairs alone, whoever ordered them
 RULE_KEYS = {
     "brme": "w_nominal",
     "uwo": "uncertainty_weight",
@@ -54,10 +59,10 @@ def check_effects(config: RunConfig) -> None:
             f"resources.gpus_per_worker={config.resources.gpus_per_worker:g} must be 0 or 1: "
             "one process drives one GPU; use more workers (resources.num_workers)"
         )
-    if config.train.method == "online_dpo" and config.train.objective == "label_confidence":
+    if config.train.method == "online_dpo" and config.train.objective not in PAIR_OBJECTIVES:
         raise ConfigError(
-            "train.objective=label_confidence weighs stored labels; pairs sampled online are ordered by the reward "
-            "itself: use dpo, cdpo, rdpo or ipo, or train.method=offline"
+            f"train.objective={config.train.objective} reads stored pairs and their labels; pairs sampled online are "
+            "ordered by the reward itself: use dpo, cdpo, rdpo or ipo, or train.method=offline"
         )
     if config.train.method == "policy_gradient" and (config.sampler.temperature, config.sampler.top_p) != (1.0, 1.0):
         raise ConfigError(
@@ -72,6 +77,7 @@ def check_effects(config: RunConfig) -> None:
     if config.data.valid_fraction + config.data.test_fraction >= 1:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
     _check_reward(config)
+    _check_ava(config)
     _check_constraint(config)
     _check_cost_model(config)
 
@@ -159,11 +165,27 @@ def _check_reward(config: RunConfig) -> None:
         raise ConfigError("reward.kind=external needs reward_model.model, the directory of a sequence classifier")
     if reward.head_data == "shards" and reward.num_heads < 2:
         raise ConfigError("reward.head_data=shards leaves each member a part out: set reward.num_heads above 1")
-    if robust.rule == "brme" and reward.kind != "brme":
+    if robust.rule == "brme" and reward.kind not in ("brme", *AVA):
         raise ConfigError(
             f"robust.rule=brme needs heads that state their own sigma, reward.kind={reward.kind} has none: "
             "use min, or reward.kind=brme"
         )
+    if reward.kind == "token_bt" and config.token_reward.score == "log_prob":
+        raise ConfigError(
+            "token_reward.score=log_prob is what the policy inside ava_p and ava_d says, reward.kind=token_bt has "
+            "none: use last, sum or mean"
+        )
+    if config.train.method == "policy_gradient" and config.policy_gradient.credit == "token":
+        if reward.kind not in TOKEN_REWARDS:
+            raise ConfigError(
+                f"policy_gradient.credit=token needs a reward for every token, reward.kind={reward.kind} rewards whole "
+                "responses: use reward.kind=ava_p, ava_d or token_bt, or policy_gradient.credit=sequence"
+            )
+        if config.token_reward.credit != "own" and config.token_reward.score == "log_prob":
+            raise ConfigError(
+                f"token_reward.credit={config.token_reward.credit} spreads a score of rewards, "
+                "token_reward.score=log_prob is none: use last, sum or mean, or token_reward.credit=own"
+            )
     if not reward.standardize and reward.bce_weight == 0 and reward.kind == "ensemble" and robust.rule != "mean":
         raise ConfigError(
             f"robust.rule={robust.rule} compares members whose zero nothing ties together: keep "
@@ -183,6 +205,24 @@ def _check_reward(config: RunConfig) -> None:
         raise ConfigError(
             f"confidence.track={confidence.track} lets probes follow the states, reward.kind={reward.kind} has none "
             "that one step can move: use confidence.track=none or reward.kind=hybrid or ensemble"
+        )
+
+
+def _check_ava(config: RunConfig) -> None:
+    """Refuse coefficients at which the variational objective has no minimum, and a Q that a policy has not."""
+    ava, is_trained = config.ava, config.train.method == "offline" and config.train.objective in AVA
+    if config.reward.kind not in AVA and not is_trained:
+        return
+    if ava.td_weight >= 1 and ("sigma_floor" not in ava.model_fields_set or ava.sigma_floor == 0):
+        raise ConfigError(
+            f"ava.td_weight={ava.td_weight:g} outweighs the KL: from 1 on the best sigma of a well-fitted token is 0, "
+            "where the loss has no lower bound or its gradient no upper one; use a value below 1, or set "
+            "ava.sigma_floor above 0 to accept that sigma lies on it"
+        )
+    if is_trained and ava.q_from == "q_head":
+        raise ConfigError(
+            f"ava.q_from=q_head is a reward model's; train.objective={config.train.objective} trains the policy, "
+            "whose q are its own log-probabilities: use logits or probs"
         )
 
 
@@ -216,6 +256,8 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(train.objective in ("cdpo", "rdpo"), "train", ["label_smoothing"], "set train.objective=cdpo or rdpo")
     reads(train.objective == "ipo", "train", ["ipo_tau"], "set train.objective=ipo")
     reads(train.objective != "ipo", "train", ["beta"], "use train.ipo_tau, which is what ipo reads")
+    has_reference = train.objective in ("label_confidence", *PAIR_OBJECTIVES)
+    reads(has_reference, "train", ["beta"], "use an objective with a reference, such as dpo")
     reads(uses_confidence, "confidence", list(ConfidenceSection.model_fields), "set train.objective=label_confidence")
     live = confidence.source == "live"
     reads(live, "confidence", ["level", "track"], "set confidence.source=live")
@@ -228,6 +270,7 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(has_ema, "confidence", ["center_decay"], "set confidence.source=live and confidence.center=ema")
     reads(config.data.format in ("auto", "pku"), "data", ["prefer"], "set data.format=auto or pku")
     _add_idle_reward(config, reads)
+    _add_idle_tokens(config, reads)
     reads(policy.adapter == "lora", "policy", ["lora_rank", "lora_alpha", "lora_dropout"], "set policy.adapter=lora")
     reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
     reads(config.cost.prices is not None, "cost", ["currency"], "set cost.prices")
@@ -271,14 +314,15 @@ def _add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence
 def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
     """Keys of the reward that its kind and its rule do not read."""
     kind, robust, is_offline = config.reward.kind, config.robust, config.train.method == "offline"
-    is_many, is_fine_tuned = config.reward.num_heads > 1, kind in ("lora_ensemble", "warm")
-    has_members = kind == "laplace" or (is_many and kind in ("ensemble", "brme", "lora_ensemble"))
+    is_many, is_fine_tuned = config.reward.num_heads > 1, kind in ("lora_ensemble", "warm", *TOKEN_REWARDS)
+    has_members = kind == "laplace" or (is_many and kind in ("ensemble", "brme", "lora_ensemble", *TOKEN_REWARDS))
     has_probes = kind in ("hybrid", "ensemble", "brme")
     another = "use another reward.kind than"
     reads(kind not in ("hybrid", "external"), "reward", ["num_heads"], "set reward.kind=ensemble")
-    is_drawn = kind in ("ensemble", "brme", "lora_ensemble", "warm")
+    is_drawn = kind in ("ensemble", "brme", "lora_ensemble", "warm", *TOKEN_REWARDS)
     reads(is_drawn, "reward", ["head_data"], "set reward.kind=ensemble")
-    reads(kind in ("ensemble", "lora_ensemble"), "reward", ["standardize"], "set reward.kind=ensemble")
+    is_standardized = kind in ("ensemble", "lora_ensemble") or (is_many and kind in TOKEN_REWARDS)
+    reads(is_standardized, "reward", ["standardize"], "set reward.kind=ensemble")
     reads(kind != "external", "reward", ["folds"], f"{another} external")
     probe_steps = ["epochs", "weight_decay", "bce_weight", "margin_target", "train_probes"]
     reads(has_probes, "reward", [*probe_steps, "batch_size", "learning_rate"], f"{another} {kind}")
@@ -290,6 +334,7 @@ def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str
     reads(kind in TEXT_REWARDS, "reward_model", ["batch_tokens"], "set reward.kind=lora_ensemble, warm or external")
     steps = ["lora_rank", "lora_alpha", "diversity_weight", "epochs", "batch_size", "learning_rate"]
     reads(is_fine_tuned, "reward_model", steps, "set reward.kind=lora_ensemble")
+    reads(kind not in TOKEN_REWARDS, "reward_model", ["diversity_weight"], "set reward.kind=lora_ensemble")
     reads(is_many, "reward_model", ["diversity_weight"], "set reward.num_heads above 1")
     is_aggregated = not is_offline or config.evaluate.best_of > 1
     reads(is_aggregated, "robust", list(RobustSection.model_fields), "set evaluate.best_of above 1 or an online method")
@@ -300,6 +345,26 @@ def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str
     reads(not is_offline, "robust", ["set_type"], "set train.method=online_dpo or policy_gradient")
     for rule, key in RULE_KEYS.items():
         reads(robust.rule == rule, "robust", [key], f"set robust.rule={rule}")
+
+
+def _add_idle_tokens(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
+    """Keys of rewards of tokens, and of the variational objective, that nothing reads."""
+    kind, ava, train = config.reward.kind, config.ava, config.train
+    readers: set[str] = {kind} & set(AVA)
+    if train.method == "offline":
+        readers |= {train.objective} & set(AVA)
+    is_token = kind in TOKEN_REWARDS
+    by_token = config.policy_gradient.credit == "token"
+    reads(is_token, "token_reward", ["score", "credit"], "set reward.kind=ava_p, ava_d or token_bt")
+    reads(by_token, "token_reward", ["credit"], "set train.method=policy_gradient and policy_gradient.credit=token")
+    reads(train.method == "policy_gradient", "token_reward", ["credit"], "set train.method=policy_gradient")
+    reads(bool(readers), "ava", list(AvaSection.model_fields), "set reward.kind or train.objective to ava_p or ava_d")
+    reads("ava_p" in readers, "ava", ["cer_weight", "cer", "negative"], "set reward.kind or train.objective to ava_p")
+    reads(ava.cer_weight > 0, "ava", ["cer"], "set ava.cer_weight above 0")
+    has_irl = ava.irl_weight > 0
+    of_irl = ["td_weight", "discount", "terminal", "standardize_td", "detach_q"]
+    reads(has_irl, "ava", of_irl, "set ava.irl_weight above 0")
+    reads(ava.td_weight > 0, "ava", ["discount", "terminal", "standardize_td", "detach_q"], "set ava.td_weight above 0")
 
 
 def check_devices(config: RunConfig) -> None:

@@ -83,10 +83,22 @@ class FeaturesSection(Section):
 class RewardSection(Section):
     """The reward model: probes on the policy's hidden states, or fine-tuned or foreign classifiers of texts."""
 
-    kind: Literal["hybrid", "ensemble", "brme", "laplace", "lora_ensemble", "warm", "external"] = Field(
+    kind: Literal[
+        "hybrid",
+        "ensemble",
+        "brme",
+        "laplace",
+        "lora_ensemble",
+        "warm",
+        "external",
+        "ava_p",
+        "ava_d",
+        "token_bt",
+    ] = Field(
         "hybrid",
         description="probe on hidden states (arXiv:2503.10093), several of them, Gaussian heads, a Laplace posterior "
-        "of a linear probe; or classifiers of texts: LoRA members, their average, or one of yours",
+        "of a linear probe; classifiers of texts: LoRA members, their average, or one of yours; or a reward for every "
+        "token: AVA from preferences or demonstrations (arXiv:2411.09341), or Bradley-Terry over its score",
     )
     num_heads: int = Field(
         5, ge=1, description="members: heads, adapters, or the draws that show a Laplace posterior's spread"
@@ -202,8 +214,10 @@ class TrainSection(Section):
     method: Literal["offline", "online_dpo", "policy_gradient"] = Field(
         "offline", description="stored pairs, pairs sampled from the current policy, or rewards of sampled responses"
     )
-    objective: Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo"] = Field(
-        "label_confidence", description="loss over pairs; unless set, dpo when pairs are sampled online"
+    objective: Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo", "sft", "ava_p", "ava_d"] = Field(
+        "label_confidence",
+        description="loss over pairs, or of the chosen responses alone (sft, ava_d); unless set, dpo when pairs are "
+        "sampled online",
     )
     beta: float = Field(0.15, gt=0, description="strength of the KL tie to the reference")
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="assumed share of flipped labels (cdpo, rdpo)")
@@ -273,6 +287,9 @@ class PolicyGradientSection(Section):
     )
     group_scale: Literal["none", "std"] = Field(
         "none", description="std divides by the group's deviation, which bends the gradient"
+    )
+    credit: Literal["sequence", "token"] = Field(
+        "sequence", description="one reward at the end of a response, or one per token, see token_reward.credit"
     )
     beta: float = Field(0.05, ge=0, description="weight of the KL to the reference, in the reward")
     clip: float = Field(0.2, gt=0, lt=1, description="bound of the probability ratio of one update")
