@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylign.config_sections import Section
 
@@ -22,6 +23,20 @@ class TokenRewardSection(Section):
         description="reward of a token: its own, the change of the score with it (RED, arXiv:2411.08302), or the "
         "score's share by the last token's attention (ABC, arXiv:2402.00782); read by policy_gradient.credit=token",
     )
+    dense_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of that credit against the score at the last token; unless set, 0.5 for attention",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_weight(cls, values: Any) -> Any:
+        """The published share of the credit, unless it was given."""
+        if isinstance(values, Mapping) and values.get("credit") == "attention":
+            return {"dense_weight": 0.5, **values}
+        return values
 
 
 class AvaSection(Section):

@@ -350,14 +350,21 @@ def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str
 def _add_idle_tokens(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
     """Keys of rewards of tokens, and of the variational objective, that nothing reads."""
     kind, ava, train = config.reward.kind, config.ava, config.train
-    readers: set[str] = {kind} & set(AVA)
-    if train.method == "offline":
-        readers |= {train.objective} & set(AVA)
+    offline = [train.objective] if train.method == "offline" else []
+    readers = {name for name in (kind, *offline) if name in AVA}
     is_token = kind in TOKEN_REWARDS
     by_token = config.policy_gradient.credit == "token"
-    reads(is_token, "token_reward", ["score", "credit"], "set reward.kind=ava_p, ava_d or token_bt")
-    reads(by_token, "token_reward", ["credit"], "set train.method=policy_gradient and policy_gradient.credit=token")
-    reads(train.method == "policy_gradient", "token_reward", ["credit"], "set train.method=policy_gradient")
+    reads(is_token, "token_reward", ["score", "credit", "dense_weight"], "set reward.kind=ava_p, ava_d or token_bt")
+    reads(
+        by_token,
+        "token_reward",
+        ["credit", "dense_weight"],
+        "set train.method=policy_gradient and policy_gradient.credit=token",
+    )
+    is_gradient = train.method == "policy_gradient"
+    reads(is_gradient, "token_reward", ["credit", "dense_weight"], "set train.method=policy_gradient")
+    is_spread = config.token_reward.credit != "own"
+    reads(is_spread, "token_reward", ["dense_weight"], "set token_reward.credit=differences or attention")
     reads(bool(readers), "ava", list(AvaSection.model_fields), "set reward.kind or train.objective to ava_p or ava_d")
     reads("ava_p" in readers, "ava", ["cer_weight", "cer", "negative"], "set reward.kind or train.objective to ava_p")
     reads(ava.cer_weight > 0, "ava", ["cer"], "set ava.cer_weight above 0")
