@@ -16,15 +16,14 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from raylign.config_ava import AvaSection, TokenRewardSection
+from raylign.config_cost_effects import cost_source, needs_cost
 from raylign.config_cost_model import CostModelSection
 from raylign.config_effects import (
     TEXT_REWARDS,
     TOKEN_REWARDS,
     check_devices,
     check_effects,
-    cost_source,
     idle_keys,
-    needs_cost,
 )
 from raylign.config_sections import (
     EMBEDDED,

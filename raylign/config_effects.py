@@ -6,15 +6,18 @@ No torch, no ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from raylign.config_ava import AvaSection
-from raylign.config_cost_model import CostModelSection
+from raylign.config_cost_effects import (
+    add_idle_constraint,
+    add_idle_cost_model,
+    check_constraint,
+    check_cost_model,
+)
 from raylign.config_sections import (
-    EMBEDDED,
     BrmeSection,
     ConfidenceSection,
-    ConstraintSection,
     OnlineSection,
     PolicyGradientSection,
     RobustSection,
@@ -78,84 +81,8 @@ def check_effects(config: RunConfig) -> None:
         raise ConfigError("data.valid_fraction + data.test_fraction must leave pairs to train on")
     _check_reward(config)
     _check_ava(config)
-    _check_constraint(config)
-    _check_cost_model(config)
-
-
-def needs_cost(config: RunConfig) -> bool:
-    """Whether a run prices responses: a constraint reads the costs, or a source of costs is named."""
-    return config.constraint.kind != "none" or config.cost_model.source != "auto"
-
-
-def cost_source(config: RunConfig) -> Literal["labels", "embedded", "external"]:
-    """What prices responses where a run needs costs."""
-    if config.cost_model.source != "auto":
-        return config.cost_model.source
-    return "embedded" if config.policy.model == EMBEDDED else "labels"
-
-
-def _check_cost_model(config: RunConfig) -> None:
-    """Refuse sources of costs that cannot be."""
-    source, cost_model = cost_source(config), config.cost_model
-    if not needs_cost(config):
-        return
-    if source == "external" and cost_model.model is None:
-        raise ConfigError("cost_model.source=external needs cost_model.model, the directory of a safety classifier")
-    if source == "embedded" and config.policy.model != EMBEDDED:
-        raise ConfigError(
-            f"cost_model.source=embedded reads hidden states of the embedded model, not of policy.model="
-            f"{config.policy.model}: use labels, when your pairs have safety verdicts, or external"
-        )
-    if source == "embedded" and config.features.layers != "all":
-        raise ConfigError(
-            f"cost_model.source=embedded reads all layers, features.layers={config.features.layers} keeps some: use "
-            "features.layers=all or cost_model.source=labels"
-        )
-
-
-def _check_constraint(config: RunConfig) -> None:
-    """Refuse a multiplier that could not move, and constraints that stored pairs cannot keep."""
-    constraint = config.constraint
-    if constraint.kind == "none":
-        return
-    if config.train.method == "offline":
-        _check_offline_constraint(config)
-    elif constraint.multiplier == "dual":
-        raise ConfigError(
-            "constraint.multiplier=dual is solved for over stored responses, of sampled ones it moves from round to "
-            "round: give its start, a number, or set train.method=offline"
-        )
-    if constraint.kind == "fixed_penalty" or constraint.multiplier == "dual":
-        return
-    if config.train.method != "offline" and constraint.multiplier_space == "log" and constraint.multiplier == 0:
-        raise ConfigError(
-            "constraint.multiplier=0 never moves in log space: start above 0, or set constraint.multiplier_space=linear"
-        )
-    if constraint.multiplier > constraint.multiplier_max:
-        raise ConfigError(
-            f"constraint.multiplier={constraint.multiplier:g} is above its cap "
-            f"constraint.multiplier_max={constraint.multiplier_max:g}: lower the one or raise the other"
-        )
-
-
-def _check_offline_constraint(config: RunConfig) -> None:
-    """Refuse what stored pairs, or the label confidence of this run, cannot express."""
-    kind, confidence = config.constraint.kind, config.confidence
-    if kind not in ("rectified", "expected"):
-        raise ConfigError(
-            f"constraint.kind={kind} is of sampled responses: over stored pairs (train.method=offline) use rectified "
-            "or expected, whose multiplier is fixed when constraint.multiplier is a number"
-        )
-    if confidence.source == "live":
-        raise ConfigError(
-            "confidence.source=live reads the reward of current states and no cost, so constraint.kind="
-            f"{kind} would have no effect: use confidence.source=fixed"
-        )
-    if config.constraint.multiplier == "dual" and confidence.squash == "sigmoid":
-        raise ConfigError(
-            "confidence.squash=sigmoid bounds what a cost can take off a reward, so that no multiplier may reach the "
-            "constraint: set confidence.squash=none, or constraint.multiplier to a number"
-        )
+    check_constraint(config)
+    check_cost_model(config)
 
 
 def _check_reward(config: RunConfig) -> None:
@@ -247,8 +174,8 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     value_keys = ["gae_lambda", "value_learning_rate", "value_clip"]
     reads(has_values, "policy_gradient", value_keys, "set policy_gradient.advantage=gae")
     reads(not has_values, "policy_gradient", ["group_scale"], "set policy_gradient.advantage=group")
-    _add_idle_constraint(config, reads)
-    _add_idle_cost_model(config, reads)
+    add_idle_constraint(config, reads)
+    add_idle_cost_model(config, reads)
     reads(is_offline, "train", ["epochs", "max_steps"], "use online.num_rounds and online.round_epochs")
     on_gpu = config.sampler.gpus_per_engine > 0
     reads(on_gpu, "sampler", ["gpu_memory_utilization"], "set sampler.gpus_per_engine above 0")
@@ -275,40 +202,6 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     reads(config.tracking.wandb != "off", "tracking", ["project"], "set tracking.wandb=offline")
     reads(config.cost.prices is not None, "cost", ["currency"], "set cost.prices")
     return idle
-
-
-def _add_idle_constraint(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
-    """Keys of the constraint, and of the confidence under it, that the method and its kind do not read."""
-    kind, keys, method = config.constraint.kind, list(ConstraintSection.model_fields), config.train.method
-    is_gradient, is_offline = method == "policy_gradient", method == "offline"
-    believes = is_offline and config.train.objective == "label_confidence"
-    cure = "set train.objective=label_confidence or " if is_offline else ""
-    reads(is_gradient or believes, "constraint", keys, f"{cure}set train.method=policy_gradient")
-    reads(kind != "none", "constraint", keys[1:], "set constraint.kind=rectified")
-    reads(is_offline, "constraint", ["labels"], "set train.method=offline")
-    moves = [key for key in keys if key.startswith("multiplier_")]
-    reads(kind != "fixed_penalty", "constraint", moves, "use another constraint.kind than fixed_penalty")
-    steps = [key for key in moves if key != "multiplier_max"]
-    reads(is_gradient, "constraint", steps, "set train.method=policy_gradient")
-    reads(kind in ("expected", "rectified_mean"), "constraint", ["threshold"], "set constraint.kind=expected")
-    reads(kind in ("rectified", "split"), "constraint", ["tolerance"], "set constraint.kind=rectified")
-    is_dual = config.constraint.multiplier == "dual"
-    reads(is_gradient or is_dual, "constraint", ["threshold", "tolerance"], "set constraint.multiplier=dual")
-    if kind != "none" and config.constraint.labels == "hard":
-        reads(False, "confidence", ["floor", "alpha", "center"], "set constraint.labels=confidence")
-        reads(is_dual, "confidence", ["squash", "temperature"], "set constraint.labels=confidence")
-    reads(kind == "split", "constraint", ["split_normalise", "split_reduction"], "set constraint.kind=split")
-
-
-def _add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
-    """Keys of the cost model that nobody, or its source, does not read."""
-    keys, source = list(CostModelSection.model_fields), cost_source(config)
-    reads(needs_cost(config), "cost_model", keys[1:], "set constraint.kind=rectified or cost_model.source=labels")
-    texts = ["model", "label", "batch_tokens"]
-    reads(source == "external", "cost_model", texts, "set cost_model.source=external")
-    heads = [key for key in keys[1:] if key not in texts]
-    reads(source == "labels", "cost_model", heads, "set cost_model.source=labels")
-    reads(config.cost_model.epochs > 0, "cost_model", ["batch_size", "learning_rate"], "set cost_model.epochs above 0")
 
 
 def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
