@@ -29,7 +29,7 @@ IGNORE_INDEX = -100
 Split = Literal["train", "valid", "test"]
 Layout = Literal["shared", "packed", "padded"]
 Method = Literal["offline", "online_dpo", "policy_gradient"]
-Objective = Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo"]
+Objective = Literal["label_confidence", "dpo", "cdpo", "rdpo", "ipo", "sft", "ava_p", "ava_d"]
 
 TEXT_COLUMNS = (
     "row_id",

@@ -1,14 +1,16 @@
 """One off-policy update: a batch of stored pairs in, moved weights out.
 
 The batch is the same whatever the number of workers and however it is cut: the loss is the sum over pairs of weight
-times loss, divided by the number of pairs of the whole batch. Accumulation never averages averages, and every number
-that is reported or fed back (the running centre) is reduced from one value per pair, in the order of the batch.
+times loss, divided by the number of pairs of the whole batch. A mean over tokens is such a sum as well, because every
+worker knows how many tokens the whole batch has. Accumulation never averages averages, and every number that is
+reported or fed back (the running centre) is reduced from one value per pair, in the order of the batch.
 
 Shape letter: B pairs of the update over all workers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,7 @@ from raylign.training.step import check_finite, clip_gradient, gradient_sync, se
 from raylign.training.table import PairBatch
 from raylign.training.update_costs import UpdateCosts
 from raylign.training.world import World
-from raylign.types import PairScores
+from raylign.types import PairScores, TokenizedPair
 
 # Rows of `PairValues`: one float64 per pair of the batch.
 COLUMNS = (
@@ -136,7 +138,7 @@ def offline_update(
 
 
 def pair_losses(margin: torch.Tensor, confidence: torch.Tensor | None, *, settings: TrainSection) -> torch.Tensor:
-    """Loss per pair of the configured objective.
+    """Loss per pair of the configured objective, for those that compare the policy with the reference.
 
     Args:
         margin: Delta, how much more than the reference the policy prefers the chosen response, nats. Shape (B,).
@@ -145,6 +147,9 @@ def pair_losses(margin: torch.Tensor, confidence: torch.Tensor | None, *, settin
 
     Returns:
         Loss per pair, not reduced. Shape (B,).
+
+    Raises:
+        TrainingError: label_confidence without gamma, or an objective that has no reference.
     """
     match settings.objective:
         case "dpo":
@@ -159,6 +164,25 @@ def pair_losses(margin: torch.Tensor, confidence: torch.Tensor | None, *, settin
             if confidence is None:
                 raise TrainingError("label_confidence needs gamma: run the rank phase, or set confidence.source=live")
             return preference.label_confidence(margin, confidence, beta=settings.beta)
+    raise TrainingError(
+        f"train.objective={settings.objective} reads no margin to a reference; it is no loss over pairs"
+    )
+
+
+def supervised_losses(chosen_logps: torch.Tensor, tokens: Sequence[TokenizedPair]) -> torch.Tensor:
+    """Loss per pair whose mean over the batch is the negative log-likelihood of a token of a chosen response.
+
+    Definition: -B log pi(y_c) / N, N the chosen responses' tokens in the whole batch.
+
+    Args:
+        chosen_logps: summed log-probabilities of the chosen responses of a micro-batch, nats. Shape (b,).
+        tokens: all B pairs of the batch.
+
+    Returns:
+        Loss per pair, not reduced. Shape (b,).
+    """
+    num_tokens = sum(len(pair.chosen_ids) for pair in tokens)
+    return chosen_logps * (-len(tokens) / num_tokens)
 
 
 def _pair_values(
@@ -176,9 +200,13 @@ def _pair_values(
         confidence = batch.label_confidence.to(device)[index]
     else:
         confidence = None
-    scale = settings.ipo_tau if settings.objective == "ipo" else settings.beta
+    if settings.objective == "sft":
+        loss, scale = supervised_losses(scores.chosen_logps, batch.tokens), 1.0
+    else:
+        loss = pair_losses(margin, confidence, settings=settings)
+        scale = settings.ipo_tau if settings.objective == "ipo" else settings.beta
     return {
-        "loss": pair_losses(margin, confidence, settings=settings),
+        "loss": loss,
         "chosen_logps": scores.chosen_logps.detach(),
         "rejected_logps": scores.rejected_logps.detach(),
         "chosen_rewards": preference.implicit_reward(scores.chosen_logps, reference_chosen, beta=scale),

@@ -20,13 +20,13 @@ from raylign.models.forward import PolicyForward
 from raylign.training.loop import train_offline
 from raylign.training.metrics import MetricWindow
 from raylign.training.micro_batches import Packing
-from raylign.training.offline import UpdateSummary, offline_update
+from raylign.training.offline import UpdateSummary, offline_update, pair_losses
 from raylign.training.optim import build_optimizer, build_scheduler
 from raylign.training.order import DataOrder
 from raylign.training.state import TrainerState
 from raylign.training.table import PairBatch, PairTable
 
-OBJECTIVES = ["dpo", "cdpo", "rdpo", "ipo", "label_confidence"]
+OBJECTIVES = ["dpo", "cdpo", "rdpo", "ipo", "label_confidence", "sft"]
 ONE_FORWARD, MANY_FORWARDS = 4096, 1
 
 
@@ -70,9 +70,13 @@ def test_eight_forwards_of_one_pair_equal_one_of_eight(objective: str) -> None:
     assert cut.num_tokens == whole.num_tokens
 
 
-def test_layouts_give_the_same_gradient() -> None:
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_layouts_give_the_same_gradient(objective: str) -> None:
     policy, batch = make_policy(), make_batch()
-    gradients = [update(copy.deepcopy(policy), batch, layout=layout)[1] for layout in ("shared", "packed", "padded")]
+    gradients = [
+        update(copy.deepcopy(policy), batch, layout=layout, objective=objective)[1]
+        for layout in ("shared", "packed", "padded")
+    ]
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-6, atol=1e-7)
 
@@ -103,12 +107,14 @@ def test_loss_and_gradient_are_the_objectives_formula(objective: str) -> None:
     right = -torch.log(1 / (1 + torch.exp(-beta * delta)))
     wrong = -torch.log(1 / (1 + torch.exp(beta * delta)))
     gamma = batch.label_confidence
+    num_tokens = sum(len(pair.chosen_ids) for pair in batch.tokens)
     expected = {
         "dpo": right,
         "cdpo": (1 - epsilon) * right + epsilon * wrong,
         "rdpo": ((1 - epsilon) * right - epsilon * wrong) / (1 - 2 * epsilon),
         "ipo": (delta - 1 / (2 * tau)) ** 2,
         "label_confidence": gamma * right + (1 - gamma) * wrong,
+        "sft": -8 * scores.chosen_logps / num_tokens,  # the mean over pairs is one over tokens
     }[objective]
     (expected.sum() / 8).backward()
 
@@ -131,11 +137,12 @@ def test_gradient_is_clipped_to_the_configured_norm() -> None:
     assert math.sqrt(sum(float(g.square().sum()) for g in gradient)) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_rewards_are_beta_times_log_ratios() -> None:
+@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.15), ("sft", 1.0)])
+def test_rewards_are_beta_times_log_ratios(objective: str, beta: float) -> None:
     batch = make_batch()
-    columns = update(make_policy(), batch)[0].columns
+    columns = update(make_policy(), batch, objective=objective)[0].columns
     ratio = columns["chosen_logps"] - batch.ref_chosen_logps.double()
-    torch.testing.assert_close(columns["chosen_rewards"], 0.15 * ratio, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(columns["chosen_rewards"], beta * ratio, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [ONE_FORWARD, MANY_FORWARDS])
@@ -160,6 +167,11 @@ def test_label_confidence_without_a_gamma_is_refused() -> None:
     batch = PairTable(table).batch(torch.arange(8).numpy())
     with pytest.raises(TrainingError, match="needs gamma"):
         update(make_policy(), batch, objective="label_confidence")
+
+
+def test_an_objective_without_a_reference_is_no_loss_over_margins() -> None:
+    with pytest.raises(TrainingError, match=r"train\.objective=sft reads no margin"):
+        pair_losses(torch.zeros(2), None, settings=TrainSection(objective="sft"))
 
 
 def test_training_lowers_the_loss_and_records_trl_names() -> None:
