@@ -31,8 +31,11 @@ class CalibrateSection(Section):
     num_prompts: int = Field(40, ge=2, description="harmful prompts whose answers rewards choose among")
     num_candidates: int = Field(32, ge=2, description="answers of the policy to each of them")
     trained: list[str] = Field([], description="names that a policy gradient maximises as well, with every seed")
+    trained_flips: list[float] = Field(
+        [0.0], description="those of calibrate.flips at which the rewards that are trained on are fitted", min_length=1
+    )
 
-    @field_validator("flips")
+    @field_validator("flips", "trained_flips")
     @classmethod
     def _ascending(cls, flips: list[float]) -> list[float]:
         return sorted(flips)
@@ -118,7 +121,7 @@ def load_calibration(path: str | Path | None = None, overrides: Sequence[str] = 
 
 
 def _check_section(calibrate: CalibrateSection) -> None:
-    for name in ("seeds", "flips"):
+    for name in ("seeds", "flips", "trained_flips"):
         values = getattr(calibrate, name)
         if len(set(values)) != len(values):
             raise ConfigError(f"calibrate.{name}={values} names a value twice, which is no second measurement")
@@ -136,6 +139,13 @@ def _check_section(calibrate: CalibrateSection) -> None:
     if unknown:
         raise ConfigError(
             f"calibrate.trained names {', '.join(unknown)}, none of calibrate.rewards ({', '.join(calibrate.rewards)})"
+        )
+    if "trained_flips" in calibrate.model_fields_set and not calibrate.trained:
+        raise ConfigError("calibrate.trained_flips is set but nothing is trained; name rewards in calibrate.trained")
+    if calibrate.trained and not set(calibrate.trained_flips) <= set(calibrate.flips):
+        raise ConfigError(
+            f"calibrate.trained_flips={calibrate.trained_flips} must be among calibrate.flips={calibrate.flips}, "
+            "where the same rewards are judged on test pairs"
         )
 
 

@@ -87,5 +87,5 @@ def made_up_result(directory: Path, *, is_trained: bool = True, **changed: Any) 
         "num_valid_pairs": 145,
         "test_prompts": [f"p{i // 2}" for i in range(NUM_PAIRS)],
     }
-    rounds = {"brme w=0.5": [made_up_rounds(seed=seed) for seed in (0, 1)]} if is_trained else {}
+    rounds = {("brme w=0.5", 0.0): [made_up_rounds(seed=seed) for seed in (0, 1)]} if is_trained else {}
     return collect(calibration, outcomes, gold, facts, rounds)

@@ -87,6 +87,11 @@ def test_a_calibration_without_training_needs_no_sampler(tmp_path: Path) -> None
         ({"online": {"num_rounds": 2}}, r"online\.num_rounds is set but nothing is trained"),
         ({"resources": {"num_workers": 2}}, r"resources\.num_workers is set but nothing is trained"),
         ({"train": {"method": "online_dpo"}, "calibrate": {"trained": ["min"]}}, r"trains by policy_gradient"),
+        ({"calibrate": {"trained_flips": [0.1]}}, r"trained_flips is set but nothing is trained"),
+        (
+            {"calibrate": {"trained": ["min"], "flips": [0.0], "trained_flips": [0.1]}},
+            r"trained_flips=\[0\.1\] must be among calibrate\.flips=\[0\.0\]",
+        ),
         ({"evaluate": {"temperature": 0.5}}, r"evaluate\.temperature is set but a calibration does not read it"),
         ({"confidence": {"alpha": 2}}, r"confidence\.alpha is set but none of calibrate\.rewards reads it"),
         ({"reward": {"prior_precision": 2}}, r"reward\.prior_precision is set but none of calibrate\.rewards reads it"),

@@ -53,7 +53,7 @@ class CalibratedReward:
         best_of_n: curve for each share of flips, ascending; n doubles from 1.
         against_first: gold at the largest n minus that of the first reward, paired by prompt, for each share of flips;
             empty for the first reward.
-        policy_gradient: a curve over rounds, empty when it was not trained.
+        policy_gradient: a curve over rounds for each of `trained_flips`; empty when it was not trained.
     """
 
     name: str
@@ -62,7 +62,7 @@ class CalibratedReward:
     w_nominal: float | None
     best_of_n: tuple[tuple[OptimisedPoint, ...], ...]
     against_first: tuple[Interval, ...]
-    policy_gradient: tuple[OptimisedPoint, ...]
+    policy_gradient: tuple[tuple[OptimisedPoint, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,7 @@ class CalibrationResult:
         models: reward models in the order of the configuration.
         rewards: likewise.
         flips: shares of reversed pairs, ascending.
+        trained_flips: those at which rewards were fitted that a policy gradient maximised, ascending.
         seeds: of flips and fits.
         num_train_pairs: pairs fitted to.
         num_valid_pairs: pairs that chose epochs and temperatures.
@@ -92,6 +93,7 @@ class CalibrationResult:
     models: tuple[CalibratedModel, ...]
     rewards: tuple[CalibratedReward, ...]
     flips: tuple[float, ...]
+    trained_flips: tuple[float, ...]
     seeds: tuple[int, ...]
     num_train_pairs: int
     num_valid_pairs: int

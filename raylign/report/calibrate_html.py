@@ -130,10 +130,20 @@ def _weight_figures(result: CalibrationResult) -> list[str]:
 
 
 def _training_figures(result: CalibrationResult) -> list[str]:
-    curves = [_curve(reward.name, reward.policy_gradient) for reward in result.rewards if reward.policy_gradient]
-    if not curves:
+    trained = [reward for reward in result.rewards if reward.policy_gradient]
+    if not trained:
         return []
-    return [_figure(plots.overoptimisation(curves, title="Policy gradient, by round", kl_name="estimate", unit=_UNIT))]
+    return [
+        _figure(
+            plots.overoptimisation(
+                [_curve(reward.name, reward.policy_gradient[position]) for reward in trained],
+                title=f"Policy gradient, by round, {format_share(flip)} of the labels reversed",
+                kl_name="estimate",
+                unit=_UNIT,
+            )
+        )
+        for position, flip in enumerate(result.trained_flips)
+    ]
 
 
 def _signal_figures(result: CalibrationResult) -> list[str]:

@@ -166,32 +166,46 @@ def gap_table(result: CalibrationResult) -> Table:
 def training_table(result: CalibrationResult) -> Table | None:
     """The last round of trained rewards; None when none was trained."""
     rows = []
-    for index, reward in enumerate(result.rewards):
-        points = reward.policy_gradient
-        if not points:
-            continue
-        last = len(points) - 1
-        key = f"rewards.{index}.policy_gradient.{last}"
+    curves = [
+        (index, position, points)
+        for position in range(len(result.trained_flips))
+        for index, reward in enumerate(result.rewards)
+        for points in reward.policy_gradient[position : position + 1]
+    ]
+    for index, position, points in curves:
+        last, curve = len(points) - 1, f"rewards.{index}.policy_gradient.{position}"
+        key = f"{curve}.{last}"
         rows.append(
             (
-                Cell(text=reward.name),
+                Cell(text=result.rewards[index].name),
+                Cell(text=format_share(result.trained_flips[position]), key=f"trained_flips.{position}"),
                 Cell(text=str(points[last].step), key=f"{key}.step"),
                 Cell(text=f"{points[last].kl:.2f}", key=f"{key}.kl"),
                 _interval(points[last].proxy, f"{key}.proxy"),
                 _interval(points[last].gold, f"{key}.gold"),
                 _interval(points[last].gap, f"{key}.gap"),
-                Cell(text=_percent(points[0].unsafe), key=f"rewards.{index}.policy_gradient.0.unsafe"),
                 Cell(text=_percent(points[last].unsafe), key=f"{key}.unsafe"),
+                Cell(text=f"{100 * points[0].unsafe.mean:.1f}", key=f"{curve}.0.unsafe.mean"),
             )
         )
     if not rows:
         return None
     return Table(
         title="Policy gradient on each reward, last round",
-        columns=("reward", "round", "KL, nats", "proxy", "gold", "proxy minus gold", "unsafe before, %", "unsafe, %"),
+        columns=(
+            "reward",
+            "flips",
+            "round",
+            "KL, nats",
+            "proxy",
+            "gold",
+            "proxy minus gold",
+            "unsafe, %",
+            "before, %",
+        ),
         rows=tuple(rows),
         notes=(
-            "Fitted to labels as they are. Gains over round 1, which the untrained policy answered, in standard "
+            "Gains over round 1, which the untrained policy answered, in standard "
             f"deviations between answers to one prompt; over {_seeds(result)}, 95 % intervals over sampled prompts. "
             "The spread between trainings is not in them.",
         ),

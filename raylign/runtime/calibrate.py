@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from raylign.calibrate_config import Calibration, directory_name
+from raylign.calibrate_config import Calibration, RewardTrial, directory_name
 from raylign.config import RunConfig, check_devices
 from raylign.config_effects import RULE_KEYS
 from raylign.errors import OutputExistsError, RaylignError, ResourceError, TrainingError
@@ -41,7 +41,7 @@ SHARED = "shared"
 _FIT_TIMEOUT_S = 3600.0
 
 FitKey = tuple[tuple[str, ...], float, int]  # names of rewards that are fitted alike, share of flips, seed
-Rounds = Mapping[str, Sequence[tuple[RoundOutcome, ...]]]  # by name, one training per seed
+Rounds = Mapping[tuple[str, float], Sequence[tuple[RoundOutcome, ...]]]  # by name and flips, one training per seed
 
 
 def calibrate(calibration: Calibration) -> CalibrationResult:
@@ -56,8 +56,13 @@ def calibrate(calibration: Calibration) -> CalibrationResult:
     base, settings, directory = calibration.base, calibration.calibrate, calibration.directory
     if directory.exists() and any(directory.iterdir()) and not base.run.resume:
         raise OutputExistsError(f"{directory} is in use; continue it with run.resume=true or choose another run.name")
-    trained = [trial for trial in calibration.trials if trial.name in settings.trained]
-    for config in (base, *(trial.config for trial in trained)):
+    trained = [
+        (trial.name, flip, trained_config(trial, flip))
+        for flip in settings.trained_flips
+        for trial in calibration.trials
+        if trial.name in settings.trained
+    ]
+    for config in (base, *(config for *_, config in trained)):
         check_devices(config)
         check_packages(config)
         check_demand(config)
@@ -68,16 +73,23 @@ def calibrate(calibration: Calibration) -> CalibrationResult:
     features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
     answers, answers_digest = _candidates(shared, calibration)
     fits, facts = _fits(shared, calibration, features, answers, digest([features_digest, answers_digest]))
-    rounds: dict[str, list[tuple[RoundOutcome, ...]]] = {}
-    for trial in trained:
-        phases = open_phases(trial.config, model)
-        reward, reward_facts = phases.reward(features, features_digest)
+    rounds: dict[tuple[str, float], list[tuple[RoundOutcome, ...]]] = {}
+    for name, flip, config in trained:
+        phases = open_phases(config, model)
+        reward, reward_facts = phases.reward(features, features_digest, flips=flip)
         reward_key = digest([features_digest, reward_facts])
         cost = phases.cost(features, features_digest)
         checkpoint, _ = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
-        rounds.setdefault(trial.name, []).append(judge_rounds(phases, checkpoint))
+        rounds.setdefault((name, flip), []).append(judge_rounds(phases, checkpoint))
     gold = read_gold(answers, num_prompts=settings.num_prompts)
     return collect(calibration, {key: load_outcome(path) for key, path in fits.items()}, gold, facts, rounds)
+
+
+def trained_config(trial: RewardTrial, flip: float) -> RunConfig:
+    """The configuration of a run that maximises a reward; a directory for each share of reversed labels."""
+    config = trial.config
+    name = config.run.name if flip == 0 else f"{config.run.name}-flips{flip:g}"
+    return renamed(config, storage=Path(config.run.storage), name=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,11 +314,16 @@ def collect(
                 against_first=tuple(against_first(name, flip) for flip in range(len(settings.flips)))
                 if name != first
                 else (),
-                policy_gradient=round_points(rounds.get(name, ()), num_samples=samples, seed=seed),
+                policy_gradient=tuple(
+                    round_points(rounds[name, flip], num_samples=samples, seed=seed)
+                    for flip in settings.trained_flips
+                    if (name, flip) in rounds
+                ),
             )
             for name in settings.rewards
         ),
         flips=tuple(settings.flips),
+        trained_flips=tuple(settings.trained_flips),
         seeds=tuple(settings.seeds),
         num_train_pairs=facts["num_train_pairs"],
         num_valid_pairs=facts["num_valid_pairs"],

@@ -16,6 +16,8 @@ from raylign.runtime.features_job import states_from_column
 if TYPE_CHECKING:
     import ray.data
 
+Pairs = tuple[torch.Tensor, torch.Tensor]  # chosen and rejected states, each (N, L, D)
+
 VERDICT_COLUMNS = ("chosen_safe", "rejected_safe")
 
 
@@ -82,6 +84,35 @@ def read_states(features: ray.data.Dataset, *, max_pairs: int, only_labelled: bo
         split=table["split"].to_pylist(),
         **{name: table[name].to_pylist() for name in VERDICT_COLUMNS if only_labelled},
     )
+
+
+def reversed_splits(train: Pairs, valid: Pairs, *, share: float, seed: int) -> tuple[Pairs, Pairs]:
+    """Training and validation pairs with a share of their labels reversed; every fit of a seed reverses the same.
+
+    Args:
+        train: chosen and rejected states, each (N, L, D).
+        valid: likewise.
+        share: in [0, 1].
+        seed: of the run.
+    """
+    return reversed_pairs(*train, share=share, seed=seed), reversed_pairs(*valid, share=share, seed=seed + 1)
+
+
+def reversed_pairs(chosen: torch.Tensor, rejected: torch.Tensor, *, share: float, seed: int) -> Pairs:
+    """The pairs with the order of exactly round(share x N) of them reversed, chosen by the seed.
+
+    Args:
+        chosen: (N, L, D).
+        rejected: likewise.
+        share: in [0, 1].
+        seed: pairs reversed at a smaller share are reversed at a larger one too.
+    """
+    num_pairs = len(chosen)
+    order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed))
+    is_reversed = torch.zeros(num_pairs, dtype=torch.bool)
+    is_reversed[order[: round(share * num_pairs)]] = True
+    mask = is_reversed[:, None, None]
+    return torch.where(mask, rejected, chosen), torch.where(mask, chosen, rejected)
 
 
 def has_verdict(table: pa.Table) -> pa.ChunkedArray:

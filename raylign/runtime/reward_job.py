@@ -24,23 +24,24 @@ from raylign.rewards.laplace import fit_laplace
 from raylign.rewards.member_facts import ANCHOR_LIMIT, anchor_spread
 from raylign.rewards.posterior import MarginPosterior, RewardHead, RewardPosterior, margin_posterior
 from raylign.runtime.fitted_reward import FittedReward, RewardFacts, resolve_temperature
-from raylign.runtime.pair_states import read_states
+from raylign.runtime.pair_states import Pairs, read_states, reversed_splits
 
 if TYPE_CHECKING:
     import ray.data
 
 logger = logging.getLogger(__name__)
 
-Pairs = tuple[torch.Tensor, torch.Tensor]  # chosen and rejected states, each (N, L, D)
 
-
-def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[int, ...] | None = None) -> FittedReward:
+def fit_reward(
+    features: ray.data.Dataset, *, config: RunConfig, layers: tuple[int, ...] | None = None, flips: float = 0.0
+) -> FittedReward:
     """Fit the reward on the training split and judge it on the test split.
 
     Args:
         features: with states and splits.
         config: sections reward, brme and confidence (what the calibration metrics are of), and the seed.
         layers: transformer layers of the states, remembered for confidence.source=live; None when unknown.
+        flips: share of the training and validation labels that are reversed first, to see what noise does.
 
     Returns:
         Heads and metrics: `out_of_fold_accuracy`, `test_accuracy` (mean, low, high), `test_ece`, `test_brier` and
@@ -61,8 +62,10 @@ def fit_reward(features: ray.data.Dataset, *, config: RunConfig, layers: tuple[i
     if layers is not None and len(layers) != states.chosen.shape[1]:
         raise DataError(f"the states have {states.chosen.shape[1]} layers, layers={list(layers)} names {len(layers)}")
     chosen, rejected, groups = states.part("train")
-    *valid, _ = states.part("valid")
+    valid = states.part("valid")[:2]
     *test, test_groups = states.part("test")
+    if flips:
+        (chosen, rejected), valid = reversed_splits((chosen, rejected), valid, share=flips, seed=seed)
     fit = cross_fit(
         chosen,
         rejected,

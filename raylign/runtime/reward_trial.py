@@ -23,7 +23,7 @@ from raylign.rewards.gaussian import GaussianHeads, share_at_floor
 from raylign.rewards.member_facts import anchor_spread
 from raylign.rewards.posterior import RewardPosterior
 from raylign.runtime.candidates_job import Candidates
-from raylign.runtime.pair_states import PairStates
+from raylign.runtime.pair_states import PairStates, reversed_splits
 from raylign.runtime.reward_job import Held, head_fitter
 from raylign.runtime.robust import robust_rewards
 
@@ -87,8 +87,12 @@ def measure_fit(data: FitData, configs: Mapping[str, RunConfig], flip: float) ->
 def _measure(data: FitData, configs: Mapping[str, RunConfig], flip: float) -> FitOutcome:
     config = next(iter(configs.values()))
     seed, candidates = config.run.seed, data.candidates
-    train = reversed_pairs(*map(torch.from_numpy, data.train), share=flip, seed=seed)
-    valid = reversed_pairs(*map(torch.from_numpy, data.valid), share=flip, seed=seed + 1)
+    train, valid = reversed_splits(
+        (torch.from_numpy(data.train[0]), torch.from_numpy(data.train[1])),
+        (torch.from_numpy(data.valid[0]), torch.from_numpy(data.valid[1])),
+        share=flip,
+        seed=seed,
+    )
     start = time.monotonic()
     head = head_fitter(train, data.groups, valid, config)(torch.arange(len(data.groups)))
     seconds = time.monotonic() - start
@@ -114,25 +118,6 @@ def _measure(data: FitData, configs: Mapping[str, RunConfig], flip: float) -> Fi
         anchor_spread=anchor_spread(answers) if head.num_heads > 1 else None,
         seconds=seconds,
     )
-
-
-def reversed_pairs(
-    chosen: torch.Tensor, rejected: torch.Tensor, *, share: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs with the order of exactly round(share x N) of them reversed, chosen by the seed.
-
-    Args:
-        chosen: (N, L, D).
-        rejected: likewise.
-        share: in [0, 1].
-        seed: pairs reversed at a smaller share are reversed at a larger one too.
-    """
-    num_pairs = len(chosen)
-    order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed))
-    is_reversed = torch.zeros(num_pairs, dtype=torch.bool)
-    is_reversed[order[: round(share * num_pairs)]] = True
-    mask = is_reversed[:, None, None]
-    return torch.where(mask, rejected, chosen), torch.where(mask, chosen, rejected)
 
 
 def _signals(belief: RewardPosterior, num_prompts: int) -> dict[str, np.ndarray]:

@@ -142,8 +142,8 @@ class Phases:
         self.run.phase("features", key, work)
         return cache, digest(key)
 
-    def reward(self, features: Path, features_digest: str) -> tuple[Path, dict[str, Any]]:
-        """Heads, scored out of fold, judged on the test split."""
+    def reward(self, features: Path, features_digest: str, *, flips: float = 0.0) -> tuple[Path, dict[str, Any]]:
+        """Heads, scored out of fold, judged on the test split; fitted to labels of which a share is reversed."""
         config = self.config
         key = {
             "features": features_digest,
@@ -152,6 +152,7 @@ class Phases:
             **({"texts": self._text_key()} if config.reward.kind in TEXT_REWARDS else {}),
             "confidence": config.confidence.model_dump(include={"alpha", "center", "squash", "temperature"}),
             "seed": config.run.seed,
+            **({"flips": flips} if flips else {}),
         }
 
         def work(directory: Path) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class Phases:
                     pairs, config=config, model_path=self.model, directory=directory, options=options
                 )
             else:
-                fitted = fit_reward(pairs, config=config, layers=self.layers)
+                fitted = fit_reward(pairs, config=config, layers=self.layers, flips=flips)
             fitted.save(directory)
             # not all that a reward is shows in its metrics
             return {**fitted.metrics, "key": digest(key)}

@@ -79,7 +79,7 @@ def test_all_that_was_promised_is_there(html, result):
     for reward in (0, 1, 2):
         for flip in (0, 1):
             assert {f"rewards.{reward}.best_of_n.{flip}.{place}" for place in ("2.gold", "3.gold", "3.gap")} <= keys
-    assert {"rewards.1.against_first.0", "rewards.2.policy_gradient.2.gap", "models.1.signals.0.auroc"} <= keys
+    assert {"rewards.1.against_first.0", "rewards.2.policy_gradient.0.2.gap", "models.1.signals.0.auroc"} <= keys
     assert "rewards.0.against_first.0" not in keys
 
 

@@ -16,12 +16,13 @@ from raylign.errors import CacheMismatchError, DataError, OutputExistsError, Res
 from raylign.evaluation.calibration import FitOutcome
 from raylign.report.calibrate_data import calibration_json
 from raylign.runtime import calibrate as module
-from raylign.runtime import reward_trial
-from raylign.runtime.calibrate import calibrate, write_calibration
+from raylign.runtime import reward_job, reward_trial
+from raylign.runtime.calibrate import calibrate, trained_config, write_calibration
 from raylign.runtime.candidates_job import Candidates
-from raylign.runtime.pair_states import PairStates
+from raylign.runtime.pair_states import PairStates, reversed_pairs
 from raylign.runtime.phases import Run
-from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, reversed_pairs, save_outcome
+from raylign.runtime.reward_job import Held
+from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, save_outcome
 from raylign.runtime.round_judge import _outcome
 from raylign.runtime.run_phases import Phases
 
@@ -38,8 +39,7 @@ FAST = {
 REWARD = {"epochs": 1, "num_heads": 3, "folds": 2}
 
 
-@pytest.fixture(scope="module")
-def data() -> FitData:
+def made_up_states() -> tuple[PairStates, Candidates]:
     """Chosen states lie on one side of a random direction, which is also what gold is of."""
     rng = np.random.default_rng(0)
     direction = rng.normal(size=(NUM_LAYERS, WIDTH)) / 2
@@ -59,7 +59,12 @@ def data() -> FitData:
         familiar=answers[first].astype(np.float16),
         shuffled=(3 * answers[first]).astype(np.float16),
     )
-    return FitData.of(states, candidates)
+    return states, candidates
+
+
+@pytest.fixture(scope="module")
+def data() -> FitData:
+    return FitData.of(*made_up_states())
 
 
 @pytest.fixture
@@ -91,6 +96,24 @@ def test_flips_nest_and_depend_on_the_seed():
     few, many = (reversed_pairs(*pairs, share=share, seed=1)[0].bool() for share in (0.1, 0.25))
     assert bool((many | ~few).all())
     assert not torch.equal(few, reversed_pairs(*pairs, share=0.1, seed=2)[0].bool())
+
+
+def test_the_reward_that_is_trained_on_is_the_one_that_is_judged(data, calibration, monkeypatch):
+    """Both reverse the same labels; temperatures differ, one is of validation pairs."""
+    config = calibration.trial("min", 1).config
+    monkeypatch.setattr(reward_job, "read_states", lambda *_, **__: made_up_states()[0])
+    fitted = reward_job.fit_reward(None, config=config, flips=0.25)
+    judged, noiseless = (measure_fit(data, {"min": config}, flip).margin_mean for flip in (0.25, 0.0))
+    margin = Held.of(fitted.full, *map(torch.from_numpy, data.test)).margin.mean.numpy()
+    np.testing.assert_allclose(margin, judged, rtol=1e-5, atol=1e-6)
+    assert np.abs(margin - noiseless).max() > 0.01
+
+
+def test_trainings_on_noisy_labels_have_directories_of_their_own(calibration):
+    trial = calibration.trial("min", 1)
+    assert trained_config(trial, 0.0).run == trial.config.run
+    assert trained_config(trial, 0.25).run.name == f"{trial.config.run.name}-flips0.25"
+    assert trained_config(trial, 0.25).run.storage == trial.config.run.storage
 
 
 def test_a_fit_finds_the_direction_and_says_what_it_is(data, calibration):
