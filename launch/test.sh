@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Set up .venv with the development extras and the CPU build of vLLM, then lint, types and tests. Arguments go to pytest.
+# Set up .venv with the development extras and the CPU build of vLLM, then lint, types, documentation (warnings are
+# errors; the pages lie in build/docs) and tests. Arguments go to pytest.
 # Tests that need neither Ray nor vLLM run beside the others; what they print comes after. Where an argument chooses
 # tests (a path, -m, -k), all that it chose run one after the other.
 set -euo pipefail
-bash "$(dirname "$0")/setup.sh" --extras cpu,wandb,dev,bench --vllm
+bash "$(dirname "$0")/setup.sh" --extras cpu,wandb,dev,docs,bench --vllm
 cd "$(dirname "$0")/.."
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
+.venv/bin/python -m sphinx -W --keep-going -n -E -q -b html docs build/docs
 for argument in "$@"; do
   case $argument in
     -m* | -k* | [!-]*) exec .venv/bin/python -m pytest "$@" ;;

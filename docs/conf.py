@@ -1,0 +1,43 @@
+"""Sphinx builds the pages: `python -m sphinx -W --keep-going -n -q -b html docs build/docs` (see launch/test.sh).
+
+Pages are plain Markdown that GitHub shows as well. The sidebar is read from index.md: its headings and the pages that
+they link to, so that a page which nobody links to from there fails the build.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "raylign"
+html_title = "raylign"
+html_theme = "furo"
+html_copy_source = False
+extensions = ["myst_parser"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # links such as math.md#policy-gradient, as GitHub has them
+myst_dmath_allow_digits = False  # "$5 and $6" is money
+nitpicky = True
+
+
+def add_toctree(app: Sphinx, name: str, source: list[str]) -> None:
+    """Append the sidebar to index.md: a hidden table of contents per heading, of the pages linked below it."""
+    if name != "index":
+        return
+    seen: set[str] = set()
+    for part in source[0].split("\n## ")[1:]:
+        caption, _, body = part.partition("\n")
+        pages = [page for page in re.findall(r"\]\(([\w/-]+)\.md\)", body) if page not in seen]
+        pages = list(dict.fromkeys(pages))
+        seen.update(pages)
+        if pages:
+            source[0] += "\n\n```{toctree}\n:hidden:\n:caption: " + "\n".join([caption, "", *pages]) + "\n```\n"
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Connect the sidebar."""
+    app.connect("source-read", add_toctree)
+    return {"parallel_read_safe": True}
