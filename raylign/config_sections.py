@@ -387,6 +387,9 @@ class ResourcesSection(Section):
     num_workers: int = Field(1, ge=1, description="training workers")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one training worker")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one training worker, 0 or 1")
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="training workers on as few nodes as hold them, or on as many"
+    )
     start_timeout_s: float = Field(120, gt=0, description="longest wait for workers to start")
 
 

@@ -82,3 +82,7 @@ class SamplerError(TrainingError):
 
 class StaleWeightsError(TrainingError):
     """An engine does not hold the weights that the trainer sent: wrong version, checksum, or probe log-probability."""
+
+
+class SubmitError(RaylignError, RuntimeError):
+    """A job cannot be submitted or followed: no job server, no or a wrong token, or more than the server takes."""

@@ -30,6 +30,7 @@ def test_errors_survive_pickling(cls):
         (errors.OutputExistsError, FileExistsError),
         (errors.MissingDependencyError, ImportError),
         (errors.ShapeError, ValueError),
+        (errors.SubmitError, RuntimeError),
     ],
 )
 def test_errors_inherit_the_type_they_replace(cls, stdlib):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raylign.config import RunConfig
@@ -32,9 +34,13 @@ class Demand:
     keys: str
     spare_cpus: float = 0
 
+    def each(self, resource: str) -> float:
+        """CPUs ("CPU") or GPUs ("GPU") of one actor."""
+        return {"CPU": self.num_cpus, "GPU": self.num_gpus}[resource]
+
     def total(self, resource: str) -> float:
         """CPUs ("CPU") or GPUs ("GPU") of the whole group."""
-        return self.num_actors * {"CPU": self.num_cpus, "GPU": self.num_gpus}[resource]
+        return self.num_actors * self.each(resource)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +101,43 @@ class ResourcePlan:
         return {kind: amount for kind, amount in held.items() if amount}
 
 
+def describe_demand(plan: ResourcePlan) -> list[str]:
+    """One line per group of actors, in the order of the phases, and what exists at the same time.
+
+    Args:
+        plan: what will be asked for.
+    """
+    width = max(len(demand.role) for demand in plan.demands)
+    lines = []
+    for demand in plan.demands:
+        each = _amount({name: demand.each(name) for name in ("CPU", "GPU")})
+        total = _amount({name: demand.total(name) for name in ("CPU", "GPU")})
+        spare = f", and {demand.spare_cpus:g} CPU for the tasks that feed them" if demand.spare_cpus else ""
+        lines.append(f"{demand.role:<{width}}  {demand.num_actors} x ({each}) = {total}{spare}")
+    if plan.online:
+        groups = (plan.training, *plan.online)
+        total = _amount({name: sum(demand.total(name) for demand in groups) for name in ("CPU", "GPU")})
+        lines.append(f"{' + '.join(demand.role for demand in groups)} at the same time = {total}")
+    return lines
+
+
+def describe_supply(nodes: Sequence[Resources]) -> list[str]:
+    """One line per shape of node, the most frequent first, and their sum.
+
+    Args:
+        nodes: resources of each living node.
+    """
+    shapes = Counter(_amount(node) for node in nodes)
+    total = _amount({name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")})
+    return [f"{num} node(s) of {shape}" for shape, num in shapes.most_common()] + [f"in total {total}"]
+
+
+def _amount(resources: Resources) -> str:
+    """CPUs and GPUs for people, "2 CPU + 1 GPU"; GPUs are left out where there are none."""
+    gpus = resources.get("GPU", 0.0)
+    return f"{resources.get('CPU', 0.0):g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+
+
 def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
     """Compare a plan with what a cluster has.
 
@@ -110,14 +153,14 @@ def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources
     for demand in plan.demands:
         check_demand(demand, cluster, nodes)
     if plan.online:
-        check_together((plan.training, *plan.online), cluster)
+        check_together((plan.training, *plan.online), cluster, nodes)
 
 
-def check_together(demands: Sequence[Demand], cluster: Resources) -> None:
+def check_together(demands: Sequence[Demand], cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
     """Compare groups that exist at the same time with what a cluster has.
 
     Raises:
-        ResourceError: naming every group's share of the sum.
+        ResourceError: naming every group's share of the sum, or that no way of placing them on the nodes exists.
     """
     for resource in ("CPU", "GPU"):
         asked, there = sum(demand.total(resource) for demand in demands), cluster.get(resource, 0.0)
@@ -132,6 +175,63 @@ def check_together(demands: Sequence[Demand], cluster: Resources) -> None:
                 f"{'; '.join(demand.keys for demand in demands if demand.total(resource))} (fractions are allowed for "
                 "CPUs), or add nodes"
             )
+    if nodes and not can_place(demands, nodes):
+        asked_for = " + ".join(
+            f"{demand.num_actors} {demand.role}(s) of {_amount({name: demand.each(name) for name in ('CPU', 'GPU')})}"
+            for demand in demands
+        )
+        raise ResourceError(
+            f"{asked_for} at the same time do not fit onto the nodes ({'; '.join(describe_supply(nodes)[:-1])}): the "
+            "sum would, but no actor is spread over two nodes; lower "
+            f"{'; '.join(demand.keys for demand in demands)}, or add larger nodes"
+        )
+
+
+def can_place(demands: Sequence[Demand], nodes: Sequence[Resources]) -> bool:
+    """Whether empty nodes can hold all actors of all groups at once, exactly.
+
+    The numbers of actors placed so far, group by group, are followed from node to node; of two ways in which one has
+    placed no fewer of any group, only that one is kept.
+
+    Args:
+        demands: groups that exist at the same time.
+        nodes: resources of each node.
+    """
+    target = tuple(demand.num_actors for demand in demands)
+    reached = {tuple(0 for _ in demands)}
+    for node in sorted(nodes, key=lambda node: -node.get("GPU", 0.0)):
+        loads = _loads(demands, node)
+        reached = _best(
+            tuple(min(have + more, limit) for have, more, limit in zip(state, load, target, strict=True))
+            for state in reached
+            for load in loads
+        )
+        if target in reached:
+            return True
+    return target in reached
+
+
+def _loads(demands: Sequence[Demand], node: Resources) -> set[tuple[int, ...]]:
+    """The ways to fill an empty node: actors of each group."""
+    ranges = [range(min(demand.num_actors, _slots(demand, node)) + 1) for demand in demands]
+
+    def fits(load: tuple[int, ...]) -> bool:
+        pairs = list(zip(load, demands, strict=True))
+        return all(
+            sum(num * demand.each(name) for num, demand in pairs) <= node.get(name, 0.0) + 1e-9
+            for name in ("CPU", "GPU")
+        )
+
+    return _best(load for load in itertools.product(*ranges) if fits(load))
+
+
+def _best(states: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Those that no other one equals or exceeds in every place."""
+    kept: list[tuple[int, ...]] = []
+    for state in sorted(set(states), key=sum, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, state, strict=True)) for other in kept):
+            kept.append(state)
+    return set(kept)
 
 
 def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:

@@ -245,6 +245,7 @@ def _scaling(config: RunConfig) -> ray.train.ScalingConfig:
         num_workers=config.resources.num_workers,
         use_gpu=config.resources.gpus_per_worker > 0,
         resources_per_worker=resources,
+        placement_strategy=config.resources.placement.upper(),
     )
 
 

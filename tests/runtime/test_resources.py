@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 
 from raylign.config import load_config
 from raylign.errors import ResourceError
-from raylign.runtime.resources import ResourcePlan, check_demand, check_plan
+from raylign.runtime.resources import (
+    Demand,
+    ResourcePlan,
+    Resources,
+    can_place,
+    check_demand,
+    check_plan,
+    describe_demand,
+    describe_supply,
+)
 
 
 def plan(*overrides: str) -> ResourcePlan:
@@ -61,3 +76,81 @@ def test_tenths_of_a_cpu_add_up() -> None:
     check_demand(
         plan("resources.num_workers=3", "resources.cpus_per_worker=0.1").training, {"CPU": 0.3}, [{"CPU": 0.3}]
     )
+
+
+def test_demand_and_supply_are_listed_by_role_and_node_shape() -> None:
+    lines = describe_demand(
+        plan(
+            "train.method=online_dpo",
+            "resources.num_workers=2",
+            "resources.gpus_per_worker=1",
+            "sampler.num_engines=2",
+            "sampler.gpus_per_engine=1",
+        )
+    )
+    assert lines == [
+        "feature actor     1 x (1 CPU) = 1 CPU, and 1 CPU for the tasks that feed them",
+        "training worker   2 x (1 CPU + 1 GPU) = 2 CPU + 2 GPU",
+        "evaluation actor  1 x (1 CPU) = 1 CPU",
+        "sampling engine   2 x (0.5 CPU + 1 GPU) = 1 CPU + 2 GPU",
+        "scorer            1 x (0.5 CPU) = 0.5 CPU",
+        "training worker + sampling engine + scorer at the same time = 3.5 CPU + 4 GPU",
+    ]
+    nodes = [{"CPU": 8.0}, {"CPU": 32.0, "GPU": 8.0, "memory": 1e9}, {"CPU": 32.0, "GPU": 8.0}]
+    assert describe_supply(nodes) == ["2 node(s) of 32 CPU + 8 GPU", "1 node(s) of 8 CPU", "in total 72 CPU + 16 GPU"]
+
+
+def test_groups_that_exist_together_must_fit_onto_nodes_and_not_only_in_sum() -> None:
+    """Two workers of 1.5 CPU and an engine of 1 ask for the 4 CPU that two nodes of 2 have, and fit in no way."""
+    asked = plan(
+        "train.method=online_dpo",
+        "resources.num_workers=2",
+        "resources.cpus_per_worker=1.5",
+        "sampler.cpus_per_engine=0.75",
+        "sampler.scorer_cpus=0.25",
+    )
+    with pytest.raises(ResourceError, match=r"do not fit onto the nodes \(2 node\(s\) of 2 CPU\): the sum would"):
+        check_plan(asked, {"CPU": 4.0}, [{"CPU": 2.0}, {"CPU": 2.0}])
+    check_plan(asked, {"CPU": 4.0}, [{"CPU": 1.5}, {"CPU": 2.5}])
+    check_plan(asked, {"CPU": 4.0}, [{"CPU": 4.0}])
+
+
+def exhaustive(demands: Sequence[Demand], nodes: Sequence[Resources]) -> bool:
+    """Every actor on every node in turn."""
+    actors = [demand for demand in demands for _ in range(demand.num_actors)]
+    for places in itertools.product(range(len(nodes)), repeat=len(actors)):
+        held = [
+            {name: sum(a.each(name) for a, p in zip(actors, places, strict=True) if p == i) for name in ("CPU", "GPU")}
+            for i in range(len(nodes))
+        ]
+        if all(h[name] <= n.get(name, 0) + 1e-9 for h, n in zip(held, nodes, strict=True) for name in ("CPU", "GPU")):
+            return True
+    return False
+
+
+def test_placing_agrees_with_trying_every_way() -> None:
+    rng = random.Random(0)
+    answers = Counter()
+    for _ in range(120):
+        demands = [
+            Demand(
+                role="actor",
+                num_actors=rng.randint(1, 2),
+                num_cpus=rng.choice((0.5, 1, 1.5, 2)),
+                num_gpus=rng.choice((0, 0.5, 1)),
+                keys="",
+            )
+            for _ in range(3)
+        ]
+        nodes = [{"CPU": rng.choice((1.0, 2.0, 3.0)), "GPU": rng.choice((0.0, 1.0, 2.0))} for _ in range(3)]
+        answers[can_place(demands, nodes)] += 1
+        assert can_place(demands, nodes) == exhaustive(demands, nodes)
+    assert min(answers.values()) > 20
+
+
+def test_a_large_cluster_is_placed_at_once() -> None:
+    asked = plan("train.method=online_dpo", "resources.num_workers=256", "sampler.num_engines=64")
+    start = time.monotonic()
+    assert can_place((asked.training, *asked.online), [{"CPU": 6.0}] * 64)
+    assert not can_place((asked.training, *asked.online), [{"CPU": 4.25}] * 64)
+    assert time.monotonic() - start < 5
