@@ -16,6 +16,7 @@ import torch
 from raylign.errors import ShapeError
 from raylign.losses.advantages import check_alike
 from raylign.losses.gaussian_reward import kl_to_standard_normal
+from raylign.losses.logprobs import segment_sum
 from raylign.losses.variational import (
     Contrast,
     Negative,
@@ -30,7 +31,7 @@ from raylign.losses.variational import (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AvaSums:
-    r"""Sums of the terms over the tokens and pairs of part of a batch, each a 0-d tensor with gradient.
+    r"""Sums of the terms over the tokens and pairs of part of a batch, each a tensor with gradient: 0-d or per pair.
 
     Attributes:
         likelihood: \(w_l q\) of chosen tokens, nats.
@@ -71,7 +72,7 @@ class AvaShares:
     """A part's share of each term of the objective, as weighted there: shares of all parts add up to the term.
 
     Attributes:
-        likelihood: of chosen tokens. Each field is a 0-d tensor with gradient.
+        likelihood: of chosen tokens. Each field is a tensor with gradient, of the shape of the sums.
         negative: of rejected tokens.
         kl: -irl_weight x mean KL, of chosen and of rejected tokens.
         td: irl_weight x td_weight x mean log-density, likewise.
@@ -106,6 +107,7 @@ def ava_sums(
     td_std: float = 1.0,
     detach_q: bool = False,
     logprob_N: torch.Tensor | None = None,
+    per_pair: bool = False,
 ) -> AvaSums:
     r"""Sums of the terms over part of a batch.
 
@@ -125,9 +127,10 @@ def ava_sums(
         td_std: what TD errors are divided by, `TdScale.std`.
         detach_q: keep the gradient of the TD term from q.
         logprob_N: log-probabilities for likelihood and negative term where q is none. Shape (N,). None takes q.
+        per_pair: keep a sum of each chosen response and its rejected one, so that pairs may be weighted.
 
     Returns:
-        Sums connected to the graph also when they are empty.
+        Sums, 0-d or of shape (num_chosen,), connected to the graph also when they are empty.
 
     Raises:
         ShapeError: tensors differ in shape, or a response has no or scattered tokens.
@@ -144,16 +147,27 @@ def ava_sums(
     density_N = torch.where(has_td_N, gaussian_log_density(delta_N / td_std, mu_N, sigma_N), 0)
     is_chosen_N = sequence_N < num_chosen
     chosen_M, rejected_M = score_M[:num_chosen], score_M[num_chosen:]
-    pair_term = contrastive_return(chosen_M, rejected_M, form=cer) if has_rejected else score_M.new_zeros(0)
-    return AvaSums(
-        likelihood=likelihood_weight * logprob_N[is_chosen_N].sum(),
-        negative=negative_term(logprob_N[~is_chosen_N], form=negative, likelihood_weight=likelihood_weight).sum(),
-        chosen_kl=kl_N[is_chosen_N].sum(),
-        rejected_kl=kl_N[~is_chosen_N].sum(),
-        chosen_td=density_N[is_chosen_N].sum(),
-        rejected_td=density_N[~is_chosen_N].sum(),
-        cer=pair_term.sum(),
+    pair_term = contrastive_return(chosen_M, rejected_M, form=cer) if has_rejected else torch.zeros_like(score_M)
+    pair_N = torch.where(is_chosen_N, sequence_N, sequence_N - num_chosen)
+
+    def total(values_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
+        return segment_sum(values_N, pair_N[kept_N], num_chosen)
+
+    rejected_logprob_N = logprob_N[~is_chosen_N]
+    sums = AvaSums(
+        likelihood=likelihood_weight * total(logprob_N[is_chosen_N], is_chosen_N),
+        negative=total(
+            negative_term(rejected_logprob_N, form=negative, likelihood_weight=likelihood_weight), ~is_chosen_N
+        ),
+        chosen_kl=total(kl_N[is_chosen_N], is_chosen_N),
+        rejected_kl=total(kl_N[~is_chosen_N], ~is_chosen_N),
+        chosen_td=total(density_N[is_chosen_N], is_chosen_N),
+        rejected_td=total(density_N[~is_chosen_N], ~is_chosen_N),
+        cer=pair_term,
     )
+    if per_pair:
+        return sums
+    return AvaSums(**{field.name: getattr(sums, field.name).sum() for field in dataclasses.fields(AvaSums)})
 
 
 def ava_shares(
