@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tiny_run import VOCABULARY
 
 from raylign.training.rounds import Round
 from raylign.types import Rollout, ScoredRollout
+
+
+def with_token_rewards(round_: Round, *, at_end: bool = False) -> Round:
+    """The round with random rewards of tokens, or with the response's reward on its last token."""
+    rng = np.random.default_rng([11, round_.index])
+    scored = []
+    for item in round_.scored:
+        tokens = rng.normal(0, 1, len(item.rollout.response_ids)).astype(np.float32)
+        if at_end:
+            tokens[:-1], tokens[-1] = 0, item.reward
+        scored.append(replace(item, token_rewards=tokens))
+    return replace(round_, scored=tuple(scored))
 
 
 def tiny_round(num_prompts: int, num_samples: int, *, seed: int = 0, index: int = 0) -> Round:

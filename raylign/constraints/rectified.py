@@ -13,11 +13,13 @@ Shape letters: N tokens, M responses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from raylign.losses.advantages import check_alike, check_vector, rewards_at_end, token_rewards
+from raylign.losses.logprobs import segment_sum
 
 Kind = Literal["rectified", "split", "expected", "rectified_mean", "fixed_penalty"]
 SplitNormalise = Literal["one_plus_multiplier", "none"]
@@ -142,6 +144,48 @@ def constrained_rewards(
     clipped_M = reward_M.clamp(-score_clip, score_clip)
     weighed_M = weighed_cost(cost_M, variant).clamp(-score_clip, score_clip)
     return combine(clipped_M, weighed_M, is_unsafe(cost_M), multiplier=multiplier, variant=variant)
+
+
+def constrained_token_rewards(
+    reward_N: torch.Tensor,
+    cost_M: torch.Tensor,
+    sequence_N: torch.Tensor,
+    *,
+    multiplier: float,
+    variant: Variant,
+    score_clip: float,
+) -> torch.Tensor:
+    r"""Rewards of tokens with the cost of their response, for `token_group_advantages`.
+
+    Definition: \(r_t\) and the cost at the last token as `combine` has them, so that a response adds up to what
+    `combine` makes of \(\sum_t r_t\). For `split` all that the combination changes stands at the last token: whether
+    the response is unsafe, and its rewards hence divided, is known only there, and rewards to go forget what stands
+    before a token. With that the gradient is that of the combination, for every variant.
+
+    The divergence from the reference comes off afterwards and is never divided.
+
+    Args:
+        reward_N: reward of each token, reward units. Shape (N,).
+        cost_M: raw cost of each response, > 0 unsafe. Shape (M,).
+        sequence_N: response of each token. Shape (N,), int64.
+        multiplier: \(\lambda\).
+        variant: see `Variant`.
+        score_clip: bound of a token's reward and of a response's cost, each in its units.
+
+    Returns:
+        Reward units, without gradient. Shape (N,).
+
+    Raises:
+        ShapeError: the tensors disagree in shape.
+    """
+    check_alike(reward=reward_N, sequence=sequence_N)
+    clipped_N = reward_N.detach().clamp(-score_clip, score_clip)
+    weighed_M = weighed_cost(cost_M, variant).clamp(-score_clip, score_clip)
+    unsafe_M, combined = is_unsafe(cost_M), partial(combine, multiplier=multiplier, variant=variant)
+    if variant.kind != "split":
+        return combined(clipped_N, rewards_at_end(weighed_M, sequence_N), unsafe_M[sequence_N])
+    total_M = segment_sum(clipped_N, sequence_N, cost_M.shape[0])
+    return clipped_N + rewards_at_end(combined(total_M, weighed_M, unsafe_M) - total_M, sequence_N)
 
 
 def cost_token_rewards(

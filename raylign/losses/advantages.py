@@ -107,23 +107,67 @@ def group_advantages(
     """
     check_vector(score=score_M, group=group_M)
     check_alike(score=score_M, group=group_M)
-    if scale not in ("none", "std"):
-        raise ConfigError(f"scale={scale!r} must be 'none' or 'std' (config key policy_gradient.group_scale)")
-    score_M = score_M.detach()
-    names_G, group_M = torch.unique(group_M, return_inverse=True)
-    num_groups = names_G.shape[0]
-    # Counted from the lowest score of the group, equal scores are exact zeros whatever their size.
-    lowest_G = score_M.new_full((num_groups,), math.inf).scatter_reduce(0, group_M, score_M, "amin")
-    excess_M = score_M - lowest_G[group_M]
-    size_M = segment_sum(torch.ones_like(score_M), group_M, num_groups)[group_M]
-    total_M = segment_sum(excess_M, group_M, num_groups)[group_M]
-    others_M = (size_M - 1).clamp(min=1)
-    advantage_M = excess_M - (total_M - excess_M) / others_M
-    if scale == "none":
-        return advantage_M
-    squares_M = torch.square(excess_M - total_M / size_M)
-    std_M = torch.sqrt(segment_sum(squares_M, group_M, num_groups)[group_M] / others_M)
-    return advantage_M / (std_M + STD_FLOOR)
+    _check_scale(scale)
+    excess_M, total_M, others_M = _above_lowest(score_M, group_M)
+    advantage_M = excess_M - (total_M - excess_M) / others_M.clamp(min=1)
+    return advantage_M if scale == "none" else advantage_M / (_group_std(score_M, group_M) + STD_FLOOR)
+
+
+def token_group_advantages(
+    rewards_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    group_M: torch.Tensor,
+    *,
+    scale: Literal["none", "std"] = "none",
+) -> torch.Tensor:
+    r"""How much better each token's rewards to go are than those of the other responses to the prompt at its position.
+
+    Definition: \(G_{i,t} = \sum_{s \ge t} r_{i,s}\) within response i, \(A_{i,t} = G_{i,t} - \mathrm{mean}_{j \ne i}
+    G_{j,\min(t, T_j - 1)}\) over its group: a response that is over counts with what its last token got. "std" divides
+    by the group's deviation of \(G_{i,0}\) (n - 1 in the denominator) plus `STD_FLOOR`, as `group_advantages` does.
+
+    The baseline does not depend on response i and the rewards before t do not depend on its token t, so the gradient is
+    that of \(E\sum_t r_t\), unbiased; but only where a reward does not look at the tokens behind its own. Counting an
+    ended response with its last reward instead of 0 makes a reward that stands at the end alone that of
+    `group_advantages`, whatever the lengths.
+
+    Args:
+        rewards_N: \(r_t\), the divergence from the reference taken off, reward units. Shape (N,).
+        sequence_N: response of each token, in [0, M). Shape (N,), int64.
+        group_M: prompt of each response, any integers, groups of any size. Shape (M,), int64.
+        scale: "none", or "std" for the GRPO scale.
+
+    Returns:
+        Advantages of tokens, reward units ("std": dimensionless), without gradient; 0 where a response is alone in its
+        group. Shape (N,).
+
+    Raises:
+        ShapeError: rewards and sequence differ in shape, a response without tokens or with gaps between them.
+        ConfigError: another scale.
+
+    Source: rewards to go and a baseline of the time step: Sutton et al. (2000), "Policy gradient methods for
+    reinforcement learning with function approximation"; leave-one-out: Kool et al. (2019); its form here is derived.
+    """
+    check_vector(group=group_M)
+    check_alike(rewards=rewards_N, sequence=sequence_N)
+    _check_scale(scale)
+    num_responses = group_M.shape[0]
+    is_last_N = _ends(sequence_N, num_responses)
+    to_go_N, _ = gae(rewards_N, torch.zeros_like(rewards_N), sequence_N, gae_lambda=1.0)
+    lengths_M = torch.bincount(sequence_N, minlength=num_responses)
+    numbers_N = torch.arange(sequence_N.shape[0], device=sequence_N.device)
+    end_M = torch.empty_like(lengths_M).scatter_(0, sequence_N[is_last_N], numbers_N[is_last_N])
+    first_M = end_M - lengths_M + 1
+    position_N = numbers_N - first_M[sequence_N]
+    num_positions = int(lengths_M.max()) if num_responses else 0
+    to_go_MT = to_go_N[end_M][:, None].repeat(1, num_positions)  # behind the end what the last token got
+    to_go_MT[sequence_N, position_N] = to_go_N
+    _, index_M = torch.unique(group_M, return_inverse=True)
+    place_MT = index_M[:, None] * num_positions + torch.arange(num_positions, device=index_M.device)
+    advantage_MT = group_advantages(to_go_MT.reshape(-1), place_MT.reshape(-1)).view(to_go_MT.shape)
+    if scale == "std":
+        advantage_MT = advantage_MT / (_group_std(to_go_N[first_M], group_M) + STD_FLOOR)[:, None]
+    return advantage_MT[sequence_N, position_N]
 
 
 def rewards_at_end(reward_M: torch.Tensor, sequence_N: torch.Tensor) -> torch.Tensor:
@@ -251,3 +295,37 @@ def _is_last(sequence_N: torch.Tensor) -> torch.Tensor:
     if torch.unique(ends).shape[0] != ends.shape[0]:
         raise ShapeError("sequence must hold the tokens of each response one after another; sort the tokens by it")
     return is_last_N
+
+
+def _ends(sequence_N: torch.Tensor, num_responses: int) -> torch.Tensor:
+    """`_is_last` of responses that all have tokens, shape (N,)."""
+    is_last_N = _is_last(sequence_N)
+    num_found = int(is_last_N.sum())
+    if num_found != num_responses:
+        raise ShapeError(f"{num_responses} rewards for {num_found} responses with tokens; every response needs a token")
+    return is_last_N
+
+
+def _above_lowest(score_M: torch.Tensor, group_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each score is above the lowest of its group, the group's sum of that, and how many others it has, (M,)."""
+    score_M = score_M.detach()
+    names_G, group_M = torch.unique(group_M, return_inverse=True)
+    num_groups = names_G.shape[0]
+    # Counted from the lowest score of the group, equal scores are exact zeros whatever their size.
+    lowest_G = score_M.new_full((num_groups,), math.inf).scatter_reduce(0, group_M, score_M, "amin")
+    excess_M = score_M - lowest_G[group_M]
+    size_M = segment_sum(torch.ones_like(score_M), group_M, num_groups)[group_M]
+    return excess_M, segment_sum(excess_M, group_M, num_groups)[group_M], size_M - 1
+
+
+def _group_std(score_M: torch.Tensor, group_M: torch.Tensor) -> torch.Tensor:
+    """Deviation of the scores of each response's group, n - 1 in the denominator, 0 for one alone, (M,)."""
+    excess_M, total_M, others_M = _above_lowest(score_M, group_M)
+    names_G, index_M = torch.unique(group_M, return_inverse=True)
+    squares_M = torch.square(excess_M - total_M / (others_M + 1))
+    return torch.sqrt(segment_sum(squares_M, index_M, names_G.shape[0])[index_M] / others_M.clamp(min=1))
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in ("none", "std"):
+        raise ConfigError(f"scale={scale!r} must be 'none' or 'std' (config key policy_gradient.group_scale)")

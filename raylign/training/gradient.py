@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from raylign.config import PolicyGradientSection, TrainSection
-from raylign.constraints.rectified import combine, constrained_rewards, cost_token_rewards, part_weights
+from raylign.constraints.rectified import (
+    combine,
+    constrained_rewards,
+    constrained_token_rewards,
+    cost_token_rewards,
+    part_weights,
+)
 from raylign.losses import policy_gradient
 from raylign.losses.advantages import (
     gae,
@@ -28,6 +35,7 @@ from raylign.losses.advantages import (
     kl_estimates,
     rewards_at_end,
     sequence_scores,
+    token_group_advantages,
     token_rewards,
 )
 from raylign.training.constrained import RoundConstraint
@@ -93,9 +101,12 @@ def round_targets(
 
     Args:
         round_: with the trainer's log-probabilities; for advantage=gae with values of the reward and, under a
-            constraint, of the cost.
+            constraint, of the cost; for credit=token with rewards of tokens.
         settings: estimator and its constants.
         constraint: costs of the responses and what they weigh; None follows the rewards alone.
+
+    Raises:
+        TrainingError: credit=token, and a response without rewards of its tokens.
     """
     assert round_.policy_logps is not None
     scored = round_.scored
@@ -109,25 +120,22 @@ def round_targets(
         assert round_.values is not None
         values_old = torch.from_numpy(round_.values).double()
         advantages, returns = _critic_targets(round_, values_old, kl, sequence, settings, constraint)
+    elif settings.credit == "token":
+        advantages = _token_targets(round_, kl, sequence, settings, constraint)
     else:
         reward, score_clip = torch.from_numpy(round_.rewards), settings.score_clip
         if constraint is not None:
-            reward = constrained_rewards(
-                reward,
-                constraint.cost,
-                multiplier=constraint.multiplier,
-                variant=constraint.variant,
-                score_clip=score_clip,
-            )
+            reward = constrained_rewards(reward, constraint.cost, **_weighing(constraint), score_clip=score_clip)
             score_clip = math.inf  # reward and cost are bounded each for itself, not their sum
         score = sequence_scores(reward, kl, sequence, beta=settings.beta, score_clip=score_clip)
-        group = torch.tensor([item.rollout.prompt_index for item in scored])
-        advantages = group_advantages(score, group, scale=settings.group_scale)[sequence]
+        advantages = group_advantages(score, _prompts(round_), scale=settings.group_scale)[sequence]
     facts = importance_facts(round_, cap=settings.importance_cap) | {
         "actor/reference_kl": float(kl.sum() / len(scored)),
         "critic/advantages/mean": float(advantages.mean()),
         "critic/advantages/std": float(advantages.std(correction=0)),
     }
+    if settings.credit == "token":
+        facts |= token_facts(round_)
     if returns is not None and values_old is not None:
         for head, name in enumerate(
             ("critic/explained_variance", "critic/cost_explained_variance")[: returns.shape[1]]
@@ -146,6 +154,33 @@ def round_targets(
     )
 
 
+def _token_targets(
+    round_: Round,
+    kl: torch.Tensor,
+    sequence: torch.Tensor,
+    settings: PolicyGradientSection,
+    constraint: RoundConstraint | None,
+) -> torch.Tensor:
+    """Advantages (N,) of rewards of tokens without a critic."""
+    rewards, score_clip = torch.from_numpy(round_.token_rewards), settings.score_clip
+    if constraint is None:
+        rewards = rewards.clamp(-score_clip, score_clip)
+    else:
+        weighing = _weighing(constraint)
+        rewards = constrained_token_rewards(rewards, constraint.cost, sequence, **weighing, score_clip=score_clip)
+    rewards = token_rewards(rewards, kl, beta=settings.beta, score_clip=math.inf)
+    return token_group_advantages(rewards, sequence, _prompts(round_), scale=settings.group_scale)
+
+
+def _prompts(round_: Round) -> torch.Tensor:
+    """(n,) prompt of each response."""
+    return torch.tensor([item.rollout.prompt_index for item in round_.scored])
+
+
+def _weighing(constraint: RoundConstraint) -> dict[str, Any]:
+    return {"multiplier": constraint.multiplier, "variant": constraint.variant}
+
+
 def _critic_targets(
     round_: Round,
     values_NH: torch.Tensor,
@@ -156,7 +191,11 @@ def _critic_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages (N,) of one or two critics, and their returns (N, H)."""
     constants = {"beta": settings.beta, "score_clip": settings.score_clip}
-    per_token = token_rewards(rewards_at_end(torch.from_numpy(round_.rewards), sequence), kl, **constants)
+    if settings.credit == "token":
+        rewards = torch.from_numpy(round_.token_rewards)
+    else:
+        rewards = rewards_at_end(torch.from_numpy(round_.rewards), sequence)
+    per_token = token_rewards(rewards, kl, **constants)
     advantages, returns = gae(per_token, values_NH[:, 0], sequence, gae_lambda=settings.gae_lambda)
     if constraint is None:
         return advantages, returns[:, None]
@@ -166,8 +205,7 @@ def _critic_targets(
         advantages,
         cost_advantages,
         constraint.unsafe[sequence],
-        multiplier=constraint.multiplier,
-        variant=constraint.variant,
+        **_weighing(constraint),
     )
     return advantages, torch.stack([returns, cost_returns], dim=1)
 
@@ -183,6 +221,28 @@ def importance_facts(round_: Round, *, cap: float) -> dict[str, float]:
     sampler = torch.from_numpy(np.concatenate([item.rollout.sampler_logps for item in round_.scored]))
     stats = policy_gradient.importance_stats(torch.from_numpy(round_.policy_logps), sampler, cap=cap).summary()
     return {f"importance/{name}": value for name, value in stats.items()}
+
+
+def token_facts(round_: Round) -> dict[str, float]:
+    """What the rewards of the tokens of a round say, by metric name.
+
+    Args:
+        round_: with rewards of tokens.
+
+    Returns:
+        Mean and deviation over tokens; `at_end`, the share of their sum of squares that last tokens hold, 1 where all
+        reward stands at the end; and `gap`, mean of the rewards' sum less the response's score, reward units.
+    """
+    rewards, ends = round_.token_rewards, round_.offsets[1:] - 1
+    sums = np.add.reduceat(rewards, round_.offsets[:-1])
+    squares = float(np.square(rewards).sum())
+    found = {
+        "mean": rewards.mean(),
+        "std": rewards.std(),
+        "at_end": np.square(rewards[ends]).sum() / squares if squares else 0.0,
+        "gap": (sums - round_.rewards).mean(),
+    }
+    return {f"actor/token_reward/{name}": float(value) for name, value in found.items()}
 
 
 def gradient_update(

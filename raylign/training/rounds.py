@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylign.errors import CheckpointError
+from raylign.errors import CheckpointError, TrainingError
 from raylign.training.order import DataOrder
 from raylign.types import Rollout, ScoredRollout
 
@@ -146,9 +146,30 @@ class Round:
         """(n,) float64, > 0 unsafe; nan without a cost model."""
         return np.array([item.cost for item in self.scored])
 
+    @property
+    def token_rewards(self) -> np.ndarray:
+        """(N,) float64, responses in order.
+
+        Raises:
+            TrainingError: a response without rewards of its tokens.
+        """
+        found = [item.token_rewards for item in self.scored if item.token_rewards is not None]
+        if len(found) < len(self.scored):
+            raise TrainingError(
+                f"policy_gradient.credit=token needs a reward of every token; {len(self.scored) - len(found)} of the "
+                f"{len(self.scored)} responses of round {self.index + 1} have none: use a reward of tokens "
+                "(reward.kind=ava_p, ava_d or token_bt), or policy_gradient.credit=sequence"
+            )
+        lengths = [len(rewards) for rewards in found]
+        if lengths != np.diff(self.offsets).tolist():
+            raise TrainingError(
+                f"round {self.index + 1} holds {sum(lengths)} rewards of tokens for {self.offsets[-1]} tokens; {_CURE}"
+            )
+        return np.concatenate(found).astype(np.float64)
+
     def with_rewards(self, rewards: np.ndarray) -> Round:
-        """The round with other rewards, (n,), for example penalised ones."""
-        scored = (replace(item, reward=float(value)) for item, value in zip(self.scored, rewards, strict=True))
+        """The round with other rewards, (n,), for example penalised ones; last tokens get the difference."""
+        scored = (_with_reward(item, float(value)) for item, value in zip(self.scored, rewards, strict=True))
         return replace(self, scored=tuple(scored))
 
     def with_policy(self, policy_logps: np.ndarray, values: np.ndarray | None) -> Round:
@@ -251,6 +272,14 @@ _SCHEMA = pa.schema(
 
 def _place(item: ScoredRollout) -> tuple[int, int]:
     return item.rollout.prompt_index, item.rollout.sample_index
+
+
+def _with_reward(item: ScoredRollout, reward: float) -> ScoredRollout:
+    tokens = item.token_rewards
+    if tokens is not None:
+        tokens = tokens.copy()
+        tokens[-1] += reward - item.reward
+    return replace(item, reward=reward, token_rewards=tokens)
 
 
 def _to_row(item: ScoredRollout) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from raylign.constraints.rectified import (
     Variant,
     combine,
     constrained_rewards,
+    constrained_token_rewards,
     cost_token_rewards,
     is_unsafe,
     part_weights,
@@ -29,6 +30,7 @@ from raylign.losses.advantages import (
     sequence_scores,
     token_rewards,
 )
+from raylign.losses.logprobs import segment_sum
 from raylign.losses.policy_gradient import clipped_surrogate
 
 BETA, LAMBDA = 0.3, 1.7
@@ -244,6 +246,35 @@ def test_leave_one_out_is_unbiased_for_every_variant(variant: Variant):
         torch.testing.assert_close(gradient, scale * exact, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_expected_gradient_with_rewards_of_tokens(variant: Variant):
+    """Exact for every variant, `split` among them, whose division would be forgotten by the tokens behind."""
+    responses = every_response()
+    logits, reference = random_logits(0), random_logits(1)
+    own = random_scores(2, 21).view(7, 3)[responses.state, responses.token]  # reads no later token
+    cost = random_scores(5, responses.num).abs()
+    cost[::2] *= -1
+    kl, _ = kl_estimates(responses.token_logps(logits), responses.token_logps(reference))
+    options = {"multiplier": LAMBDA, "variant": variant, "score_clip": 50.0}
+    tokens = constrained_token_rewards(own, cost, responses.sequence, **options)
+    objective = constrained_rewards(segment_sum(own, responses.sequence, responses.num), cost, **options)
+    torch.testing.assert_close(segment_sum(tokens, responses.sequence, responses.num), objective)
+    exact = expectation_gradient(responses, logits, reference, objective)
+    tokens = token_rewards(tokens, kl, beta=BETA, score_clip=50.0)
+    to_go, _ = gae(tokens, torch.zeros_like(tokens), responses.sequence, gae_lambda=1.0)
+    torch.testing.assert_close(surrogate_gradient(responses, logits, to_go), exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_reward_at_the_end_is_constrained_as_that_of_its_response(variant: Variant):
+    responses = every_response()
+    reward, cost = random_scores(0, responses.num), random_scores(1, responses.num)
+    options = {"multiplier": LAMBDA, "variant": variant, "score_clip": 1.0}
+    found = constrained_token_rewards(rewards_at_end(reward, responses.sequence), cost, responses.sequence, **options)
+    expected = rewards_at_end(constrained_rewards(reward, cost, **options), responses.sequence)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
 def test_group_estimators_on_the_table():
     """Cosine and scale against the exact gradient of R - 5 max(C, 0), over all 8^4 groups of each prompt.
 
@@ -298,6 +329,10 @@ def test_nothing_carries_a_gradient_and_nothing_broadcasts():
         assert not combine(reward, cost, is_unsafe(cost), multiplier=1.0, variant=variant).requires_grad
         costs = cost_token_rewards(cost, kl, torch.arange(3), beta=1.0, score_clip=1.0, variant=variant)
         assert not costs.requires_grad
+        tokens = constrained_token_rewards(
+            reward, cost, torch.arange(3), multiplier=1.0, variant=variant, score_clip=1.0
+        )
+        assert not tokens.requires_grad
     with pytest.raises(ShapeError, match=r"cost \(1,\)"):
         combine(reward, cost[:1], is_unsafe(cost), multiplier=1.0, variant=variant)
     with pytest.raises(ShapeError, match=r"cost \(3, 1\)"):

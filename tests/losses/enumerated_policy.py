@@ -55,6 +55,15 @@ def every_response(max_length: int = MAX_LENGTH) -> Responses:
     return Responses(state, token, sequence, len(responses))
 
 
+def every_group(responses: Responses, num_samples: int) -> tuple[Responses, torch.Tensor]:
+    """All ordered groups of so many responses, one after another, and the number of each of their responses (M,)."""
+    drawn = torch.tensor(list(itertools.product(range(responses.num), repeat=num_samples))).reshape(-1)
+    tokens_of = [torch.nonzero(responses.sequence == index)[:, 0] for index in range(responses.num)]
+    row = torch.cat([tokens_of[index] for index in drawn.tolist()])
+    sequence = torch.arange(len(drawn)).repeat_interleave(torch.bincount(responses.sequence)[drawn])
+    return Responses(responses.state[row], responses.token[row], sequence, len(drawn)), drawn
+
+
 def random_logits(seed: int, *, scale: float = 1.0) -> torch.Tensor:
     """(7, 3) float64."""
     generator = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ from raylign.losses.advantages import (
     kl_estimates,
     rewards_at_end,
     sequence_scores,
+    token_group_advantages,
     token_rewards,
 )
 from raylign.losses.logprobs import segment_sum
@@ -26,6 +27,22 @@ RAGGED = torch.tensor([2, 2, 2, 0, 1, 1, 1, 1, 1, 3, 3])
 
 def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def brute_force_leave_one_out(rewards, sequence, group):
+    """Rewards to go less those of the other responses at that position; behind the end their last reward."""
+    to_go = {}
+    for name in range(len(group)):
+        own = rewards[sequence == name]
+        to_go[name] = [float(own[t:].sum()) for t in range(len(own))]
+    advantages, seen = [], dict.fromkeys(to_go, 0)
+    for name in sequence.tolist():
+        t = seen[name]
+        seen[name] += 1
+        others = [j for j in range(len(group)) if group[j] == group[name] and j != name]
+        baseline = [to_go[j][min(t, len(to_go[j]) - 1)] for j in others]
+        advantages.append(to_go[name][t] - sum(baseline) / len(baseline) if baseline else 0.0)
+    return f64(*advantages)
 
 
 def brute_force_gae(rewards, values, sequence, gae_lambda, discount):
@@ -107,6 +124,30 @@ def test_advantages_ignore_a_constant_and_follow_their_responses(scale):
     torch.testing.assert_close(group_advantages(score[order], group[order], scale=scale), advantage[order])
 
 
+def test_token_advantages_by_hand():
+    """Responses 1 + 2 + 3 and 10 of one prompt, -5 of another: 10 counts at every position of the first."""
+    rewards, sequence = f64(1.0, 2.0, 3.0, 10.0, -5.0), torch.tensor([0, 0, 0, 1, 2])
+    found = token_group_advantages(rewards, sequence, torch.tensor([8, 8, 3]))
+    torch.testing.assert_close(found, f64(6.0 - 10, 5.0 - 10, 3.0 - 10, 10.0 - 6, 0.0))
+    scaled = token_group_advantages(rewards, sequence, torch.tensor([8, 8, 3]), scale="std")
+    std = math.sqrt(2 * 2**2) + 1e-4  # of the sums 6 and 10, n - 1 = 1 in the denominator
+    torch.testing.assert_close(scaled, f64(-4.0, -5.0, -7.0, 4.0, 0.0) / std)
+
+
+@pytest.mark.parametrize("group", [[0, 0, 0, 0], [7, -1, 7, -1], [5, 5, 5, 2]], ids=str)
+def test_token_advantages_equal_the_slow_sum(group):
+    rewards, group = random_scores(0, 11), torch.tensor(group)
+    found = token_group_advantages(rewards, RAGGED, group)
+    torch.testing.assert_close(found, brute_force_leave_one_out(rewards, RAGGED, group), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["none", "std"])
+def test_a_reward_at_the_end_gives_every_token_the_advantage_of_its_response(scale):
+    reward, group = random_scores(0, 4), torch.tensor([0, 0, 1, 0])
+    found = token_group_advantages(rewards_at_end(reward, RAGGED), RAGGED, group, scale=scale)
+    assert torch.equal(found, group_advantages(reward, group, scale=scale)[RAGGED])
+
+
 def test_penalised_scores_enter_from_outside():
     """S = R - lambda P is a score like any other; the advantage is linear in it."""
     reward, penalty, group = random_scores(0, 8), random_scores(1, 8).clamp(min=0), torch.arange(8) // 4
@@ -160,6 +201,7 @@ def test_nothing_here_carries_a_gradient():
     tokens = token_rewards(rewards_at_end(reward, RAGGED), logps, beta=0.1, score_clip=50.0)
     results = [k1, k3, scores, tokens, group_advantages(reward, torch.zeros(4).long())]
     results += gae(logps, values, RAGGED, gae_lambda=0.95)
+    results.append(token_group_advantages(logps, RAGGED, torch.zeros(4).long()))
     assert not any(result.requires_grad for result in results)
 
 
@@ -167,6 +209,7 @@ def test_empty_batch():
     none, index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     assert sequence_scores(none, none, index, beta=0.1).shape == (0,)
     assert group_advantages(none, index, scale="std").shape == (0,)
+    assert token_group_advantages(none, index, index, scale="std").shape == (0,)
     tokens = token_rewards(rewards_at_end(none, index), none, beta=0.1, score_clip=1.0)
     assert [part.shape for part in gae(tokens, none, index, gae_lambda=0.9)] == [(0,), (0,)]
 
@@ -180,6 +223,10 @@ def test_shapes_that_would_broadcast_are_refused():
         group_advantages(torch.zeros(4), torch.zeros(1).long())
     with pytest.raises(ShapeError, match=r"values \(1,\)"):
         gae(torch.zeros(11), torch.zeros(1), RAGGED, gae_lambda=0.9)
+    with pytest.raises(ShapeError, match=r"rewards \(1,\)"):
+        token_group_advantages(torch.zeros(1), RAGGED, torch.zeros(4).long())
+    with pytest.raises(ShapeError, match="every response needs a token"):
+        token_group_advantages(torch.zeros(11), RAGGED, torch.zeros(5).long())
     with pytest.raises(ConfigError, match=r"policy_gradient\.group_scale"):
         group_advantages(torch.zeros(4), torch.zeros(4).long(), scale="rms")
 

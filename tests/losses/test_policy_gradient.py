@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from enumerated_policy import Responses, every_response, random_logits, random_scores
+from enumerated_policy import Responses, every_group, every_response, random_logits, random_scores
 
 from raylign.errors import ConfigError, ShapeError
 from raylign.losses.advantages import (
@@ -16,6 +16,7 @@ from raylign.losses.advantages import (
     kl_estimates,
     rewards_at_end,
     sequence_scores,
+    token_group_advantages,
     token_rewards,
 )
 from raylign.losses.logprobs import segment_sum
@@ -125,6 +126,89 @@ def test_leave_one_out_is_unbiased_over_all_groups():
     torch.testing.assert_close(-estimate, exact, rtol=0, atol=1e-12)
     own_mean = (reward[tuples] - reward[tuples].mean(1, keepdim=True)).reshape(-1)
     torch.testing.assert_close(-surrogate_gradient(draws, logits, own_mean, weight), exact * 2 / 3, rtol=0, atol=1e-12)
+
+
+def pair_gradients(problem, per_token, advantages) -> torch.Tensor:
+    """Gradient of every ordered pair of responses by `advantages` (N,), weighed by its probability, (P, 7, 3)."""
+    responses, logits, _, _ = problem
+    pairs, drawn = every_group(responses, 2)
+    rewards = per_token[row_of(responses, drawn)]
+    groups = torch.arange(pairs.num) // 2
+    pull = torch.nn.functional.one_hot(pairs.token, 3) - torch.softmax(logits, 1)[pairs.state]  # grad log pi
+    pull = pull * advantages(rewards, pairs.sequence, groups)[:, None] / 2
+    index = groups[pairs.sequence] * 7 + pairs.state
+    return torch.zeros(len(groups) // 2 * 7, 3).double().index_add(0, index, pull).view(-1, 7, 3)
+
+
+def row_of(responses: Responses, drawn: torch.Tensor) -> torch.Tensor:
+    """Places of the tokens of drawn responses, (N,)."""
+    return torch.cat([torch.nonzero(responses.sequence == index)[:, 0] for index in drawn.tolist()])
+
+
+def mean_and_variance(problem, per_token, advantages) -> tuple[torch.Tensor, float]:
+    """Of the gradient over all pairs of independent responses; the variance added up over the logits."""
+    responses, logits, _, _ = problem
+    p = responses.probabilities(logits)
+    weight = (p[:, None] * p).reshape(-1, 1, 1)
+    gradients = pair_gradients(problem, per_token, advantages)
+    mean = (weight * gradients).sum(0)
+    return mean, float((weight * (gradients - mean) ** 2).sum())
+
+
+def whole_response(rewards, sequence, groups):
+    """Leave-one-out on the responses' sums."""
+    return group_advantages(segment_sum(rewards, sequence, len(groups)), groups)[sequence]
+
+
+def test_rewards_to_go_with_leave_one_out_are_unbiased_over_all_pairs(problem):
+    """Rewards of tokens that read no later token, over all 225 pairs."""
+    responses, logits, reference, _ = problem
+    own = random_scores(7, 21).view(7, 3)[responses.state, responses.token]
+    k1, _ = kl_estimates(responses.token_logps(logits), responses.token_logps(reference))
+    per_token = token_rewards(own, k1, beta=BETA, score_clip=math.inf)
+    total = segment_sum(own, responses.sequence, responses.num)
+    exact = objective_gradient(responses, logits, reference, total, BETA)
+    for advantages in (token_group_advantages, whole_response):
+        found, _ = mean_and_variance(problem, per_token, advantages)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
+
+
+def test_rewards_to_go_vary_less_than_those_of_whole_responses(problem):
+    """Mean over tables of rewards; a single table may say otherwise."""
+    responses, _, _, _ = problem
+    variances = {token_group_advantages: 0.0, whole_response: 0.0}
+    for seed in range(50, 62):
+        own = random_scores(seed, 21).view(7, 3)[responses.state, responses.token]
+        for advantages in variances:
+            variances[advantages] += mean_and_variance(problem, own, advantages)[1]
+    assert variances[token_group_advantages] < 0.9 * variances[whole_response]
+
+
+def test_a_reward_at_the_end_has_the_gradient_of_the_sequence_estimator(problem):
+    """The same estimate for every pair without a divergence, the same mean with one, whatever the lengths."""
+    responses, logits, reference, reward = problem
+    at_end = rewards_at_end(reward + 3, responses.sequence)
+    assert torch.equal(
+        pair_gradients(problem, at_end, token_group_advantages), pair_gradients(problem, at_end, whole_response)
+    )
+    k1, _ = kl_estimates(responses.token_logps(logits), responses.token_logps(reference))
+    per_token = token_rewards(at_end, k1, beta=BETA, score_clip=math.inf)
+    found, _ = mean_and_variance(problem, per_token, token_group_advantages)
+    exact = objective_gradient(responses, logits, reference, reward, BETA)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
+
+
+def test_rewards_that_read_later_tokens_have_another_gradient(problem):
+    """Shares of a response's reward, as attention gives them: the sum is the reward, its gradient is not."""
+    responses, logits, _, reward = problem
+    lengths = torch.bincount(responses.sequence)
+    shares = (reward / lengths)[responses.sequence]
+    exact = objective_gradient(responses, logits, logits, reward, 0.0)
+    torch.testing.assert_close(segment_sum(shares, responses.sequence, responses.num), reward)
+    of_sums, _ = mean_and_variance(problem, shares, whole_response)
+    torch.testing.assert_close(of_sums, exact, rtol=0, atol=1e-10)
+    to_go, _ = mean_and_variance(problem, shares, token_group_advantages)
+    assert (to_go - exact).abs().max() > 0.02
 
 
 def test_clip_closed_form_and_region_without_gradient():

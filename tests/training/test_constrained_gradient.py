@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from constrained_rounds import costly_round, with_costs
+from tiny_rounds import with_token_rewards
 from tiny_run import tiny_model
 
 from raylign.config import ConstraintSection, PolicyGradientSection, TrainSection
@@ -130,6 +131,32 @@ def test_the_update_follows_the_constrained_gradient(constraint: Constraint, red
     update(policy, round_, constraint, reduction=reduction, beta=0.1, importance_cap=1.5)
     for name, parameter in policy.named_parameters():
         torch.testing.assert_close(before[name] - parameter.detach(), expected[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["group", "gae"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+def test_a_reward_on_the_last_token_is_constrained_as_that_of_the_response(
+    constraint: Constraint, advantage: str
+) -> None:
+    policy = make_policy(2 if advantage == "gae" else 0)
+    round_ = with_token_rewards(scored(policy, costly_round(4, 3)), at_end=True)
+    found = [
+        targets_of(round_, PolicyGradientSection(advantage=advantage, credit=credit, beta=0.0), constraint)
+        for credit in ("sequence", "token")
+    ]
+    torch.testing.assert_close(found[0].advantages, found[1].advantages, rtol=1e-5, atol=1e-5)
+    if advantage == "gae":
+        torch.testing.assert_close(found[0].returns, found[1].returns, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cost_comes_off_the_last_of_the_rewards_of_tokens() -> None:
+    policy = make_policy()
+    round_ = with_token_rewards(scored(policy, costly_round(4, 3)))
+    settings = PolicyGradientSection(credit="token", beta=0.1)
+    found = targets_of(round_, settings, {"kind": "rectified"}).advantages
+    by_hand = round_.with_rewards(round_.rewards - LAMBDA * round_.costs.clip(min=0))
+    torch.testing.assert_close(found, targets_of(by_hand, settings, None).advantages, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, targets_of(round_, settings, None).advantages)
 
 
 @pytest.mark.parametrize("advantage", ["group", "gae"])

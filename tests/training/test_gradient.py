@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_rounds import tiny_round
+from tiny_rounds import tiny_round, with_token_rewards
 from tiny_run import tiny_model
 
 from raylign.config import PolicyGradientSection, TrainSection
 from raylign.errors import TrainingError
 from raylign.models.forward import PolicyForward
-from raylign.training.gradient import GradientSummary, gradient_update, round_targets
+from raylign.training.gradient import GradientSummary, gradient_update, round_targets, token_facts
 from raylign.training.micro_batches import Packing
 from raylign.training.optim import build_optimizer, build_scheduler
 from raylign.training.response_logps import round_logps
@@ -103,6 +103,94 @@ def test_the_first_update_follows_the_policy_gradient(reduction: str) -> None:
         torch.testing.assert_close(before[name] - parameter.detach(), expected[name], rtol=1e-3, atol=1e-6)
 
 
+def test_the_first_update_follows_the_policy_gradient_of_rewards_of_tokens() -> None:
+    policy = make_policy()
+    round_ = with_token_rewards(make_round(policy))
+    gradient = PolicyGradientSection(credit="token", reduction="sequence_sum", beta=0.1, importance_cap=1.5)
+    before = copy.deepcopy(policy.state_dict())
+    # the definition, written out: - sum_i sum_t A_it w_t log pi(t), A the rewards to go less those of the others at t
+    to_go, weights = [], []
+    for position, item in enumerate(round_.scored):
+        old = round_.policy_logps[round_.offsets[position] : round_.offsets[position + 1]]
+        rewards = item.token_rewards - 0.1 * (old - item.reference_token_logps)
+        to_go.append(rewards[::-1].cumsum()[::-1])
+        weights.append(np.minimum(np.exp(old - item.rollout.sampler_logps), 1.5))
+    loss = torch.zeros(())
+    for position, logps in enumerate(plain_logps(policy, round_)):
+        group = [other for other in range(3 * (position // 3), 3 * (position // 3) + 3) if other != position]
+        for t, logp in enumerate(logps):
+            baseline = np.mean([to_go[other][min(t, len(to_go[other]) - 1)] for other in group])
+            loss = loss - float((to_go[position][t] - baseline) * weights[position][t]) * logp
+    (loss / len(round_.scored)).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    update(policy, round_, gradient)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(before[name] - parameter.detach(), expected[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["group", "gae"])
+def test_all_reward_on_the_last_token_trains_as_the_reward_of_the_response(advantage: str) -> None:
+    """Without a divergence, whose rewards to go differ."""
+    moved = []
+    for credit in ("sequence", "token"):
+        policy = make_policy(num_values=int(advantage == "gae"))
+        round_ = with_token_rewards(make_round(policy), at_end=True)
+        update(policy, round_, PolicyGradientSection(advantage=advantage, credit=credit, beta=0.0))
+        moved.append(policy.state_dict())
+    for name, value in moved[0].items():
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_critics_learn_the_rewards_of_tokens_to_go() -> None:
+    policy = make_policy(num_values=1)
+    round_ = with_token_rewards(make_round(policy))
+    settings = PolicyGradientSection(advantage="gae", credit="token", gae_lambda=1.0, beta=0.0)
+    targets = round_targets(round_, settings=settings)
+    to_go = np.concatenate([item.token_rewards[::-1].cumsum()[::-1] for item in round_.scored])
+    torch.testing.assert_close(targets.returns[:, 0], torch.from_numpy(to_go), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["group", "gae"])
+def test_rewards_of_tokens_are_clipped_each(advantage: str) -> None:
+    policy = make_policy(num_values=int(advantage == "gae"))
+    round_ = with_token_rewards(make_round(policy))
+    settings = PolicyGradientSection(advantage=advantage, credit="token", beta=0.0, score_clip=0.3)
+    scored = [replace(item, token_rewards=item.token_rewards.clip(-0.3, 0.3)) for item in round_.scored]
+    by_hand = round_targets(
+        replace(round_, scored=tuple(scored)), settings=settings.model_copy(update={"score_clip": 9})
+    )
+    torch.testing.assert_close(round_targets(round_, settings=settings).advantages, by_hand.advantages)
+
+
+def test_facts_of_rewards_of_tokens_by_hand() -> None:
+    round_ = tiny_round(1, 2)
+    lengths = np.diff(round_.offsets)
+    tokens = [np.r_[np.full(length - 1, 0.5), 2.0].astype(np.float32) for length in lengths]
+    scored = [replace(item, reward=1.0, token_rewards=one) for item, one in zip(round_.scored, tokens, strict=True)]
+    facts = token_facts(replace(round_, scored=tuple(scored)))
+    every = np.concatenate(tokens)
+    assert facts == {
+        "actor/token_reward/mean": pytest.approx(every.mean()),
+        "actor/token_reward/std": pytest.approx(every.std(), rel=1e-5),
+        "actor/token_reward/at_end": pytest.approx(8.0 / (8.0 + 0.25 * (lengths.sum() - 2))),
+        "actor/token_reward/gap": pytest.approx(np.mean(0.5 * (lengths - 1) + 2.0 - 1.0)),
+    }
+    assert token_facts(with_token_rewards(round_, at_end=True))["actor/token_reward/at_end"] == 1.0
+    nothing = [replace(item, token_rewards=0 * one) for item, one in zip(scored, tokens, strict=True)]
+    assert token_facts(replace(round_, scored=tuple(nothing)))["actor/token_reward/at_end"] == 0.0
+
+
+def test_responses_without_rewards_of_tokens_are_refused() -> None:
+    policy = make_policy()
+    round_ = make_round(policy)
+    half = replace(round_, scored=(*with_token_rewards(round_).scored[:7], *round_.scored[7:]))
+    with pytest.raises(TrainingError, match=r"5 of the 12 responses of round 1 have none.*reward\.kind=ava_p"):
+        round_targets(half, settings=PolicyGradientSection(credit="token"))
+    short = [replace(item, token_rewards=np.zeros(1, np.float32)) for item in round_.scored]
+    with pytest.raises(TrainingError, match="12 rewards of tokens for"):
+        round_targets(replace(round_, scored=tuple(short)), settings=PolicyGradientSection(credit="token"))
+
+
 @pytest.mark.parametrize("advantage", ["group", "gae"])
 @pytest.mark.parametrize("num_samples", [2, 3])
 def test_micro_batches_change_nothing(advantage: str, num_samples: int) -> None:
@@ -160,8 +248,13 @@ def test_other_rewards_change_the_advantages() -> None:
     plain = round_targets(round_, settings=gradient).advantages
     shifted = round_targets(round_.with_rewards(round_.rewards + 3), settings=gradient).advantages
     torch.testing.assert_close(plain, shifted)  # a constant is no information
-    penalised = round_targets(round_.with_rewards(round_.rewards - 3.0 * (round_.rewards > 0)), settings=gradient)
+    shaped = round_.rewards - 3.0 * (round_.rewards > 0)
+    penalised = round_targets(round_.with_rewards(shaped), settings=gradient)
     assert not torch.equal(plain, penalised.advantages)
+    # rewards of tokens follow: what is taken off a response is taken off its last token
+    by_token = PolicyGradientSection(beta=0.0, credit="token")
+    at_end = with_token_rewards(round_, at_end=True).with_rewards(shaped)
+    torch.testing.assert_close(round_targets(at_end, settings=by_token).advantages, penalised.advantages)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move() -> None:

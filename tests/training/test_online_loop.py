@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_rounds import tiny_round
+from tiny_rounds import tiny_round, with_token_rewards
 from tiny_run import save_tiny_model
 
 from raylign.config import RunConfig, load_config
@@ -32,6 +32,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "moving_reference": {"train": {"method": "online_dpo"}, "online": {"reference": "previous_round"}},
     "group": {"train": {"method": "policy_gradient"}},
     "gae": {"train": {"method": "policy_gradient"}, "policy_gradient": {"advantage": "gae"}},
+    "token": {
+        "train": {"method": "policy_gradient"},
+        "policy_gradient": {"credit": "token"},
+        "reward": {"kind": "ava_p"},
+    },
+    "token gae": {
+        "train": {"method": "policy_gradient"},
+        "policy_gradient": {"credit": "token", "advantage": "gae"},
+        "reward": {"kind": "ava_p"},
+    },
 }
 SCHEDULE = RoundSchedule(num_prompts=12, prompts_per_round=4, num_rounds=3, batch_size=2, round_epochs=2, seed=0)
 PACKING = Packing(layout="shared", pad_token_id=0, batch_tokens=64)
@@ -71,6 +81,8 @@ class Trial:
         self.opened.append(index)
         if not self.store.has(index):
             made = tiny_round(4, 3, index=index)
+            if self.config.policy_gradient.credit == "token":
+                made = with_token_rewards(made)
             self.store.write(index, made.scored, made.facts)
         round_ = self.store.read(index)
         if round_.policy_logps is None:

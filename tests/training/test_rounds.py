@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_rounds import tiny_round
+from tiny_rounds import tiny_round, with_token_rewards
 
 from raylign.errors import CheckpointError
 from raylign.training.rounds import Round, RoundSchedule, RoundStore
@@ -88,6 +88,14 @@ def test_a_round_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert store.has(0)
     assert_same(store.read(0), made)
     assert store.read(0).policy_logps is None
+
+
+def test_rewards_of_tokens_are_read_as_they_were_written(tmp_path: Path) -> None:
+    store, made = RoundStore(tmp_path), with_token_rewards(tiny_round(num_prompts=2, num_samples=2))
+    store.write(0, made.scored, made.facts)
+    for found, wanted in zip(store.read(0).scored, made.scored, strict=True):
+        assert found.token_rewards is not None and found.token_rewards.dtype == np.float32
+        np.testing.assert_array_equal(found.token_rewards, wanted.token_rewards)
 
 
 def test_what_the_trainer_said_is_kept_beside_the_round(tmp_path: Path) -> None:
