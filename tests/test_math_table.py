@@ -27,6 +27,8 @@ def test_every_loss_has_a_row():
         "losses.reward",
         "losses.advantages",
         "losses.policy_gradient",
+        "losses.token_credit",
+        "losses.variational",
         "rewards.confidence",
     )
     for module in (f"raylign.{name}" for name in modules):
@@ -35,5 +37,5 @@ def test_every_loss_has_a_row():
         functions = [name for name in public if name[0].islower()]
         assert len(functions) > 2
         missing = {name for name in functions if f"`{module}:{name}`" not in TEXT}
-        # a special case of E2, a count, and checks of shapes
-        assert missing <= {"bradley_terry", "count_flips", "check_alike", "check_vector"}
+        # a special case of E2, a count, and checks and marks of shapes
+        assert missing <= {"bradley_terry", "count_flips", "check_alike", "check_vector", "is_last"}

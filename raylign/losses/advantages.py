@@ -187,7 +187,7 @@ def rewards_at_end(reward_M: torch.Tensor, sequence_N: torch.Tensor) -> torch.Te
         ShapeError: a response without tokens, whose reward would be lost, or whose tokens are not consecutive.
     """
     check_vector(reward=reward_M)
-    is_last_N = _is_last(sequence_N)
+    is_last_N = is_last(sequence_N)
     num_responses = int(is_last_N.sum())
     if num_responses != reward_M.shape[0]:
         raise ShapeError(
@@ -253,7 +253,7 @@ def gae(
     """
     check_alike(token_rewards=token_rewards_N, values=values_N, sequence=sequence_N)
     values_N = values_N.detach()
-    next_values_N = torch.where(_is_last(sequence_N), 0, values_N.roll(-1))
+    next_values_N = torch.where(is_last(sequence_N), 0, values_N.roll(-1))
     advantages_N = token_rewards_N.detach() + discount * next_values_N - values_N
     # Doubling: with the sum of the first s terms at every token, the first 2s are it and the decayed one s tokens on.
     shift = 1
@@ -287,8 +287,18 @@ def check_vector(**tensors: torch.Tensor) -> None:
             raise ShapeError(f"{name} {tuple(tensor.shape)} must be a vector, one value per response")
 
 
-def _is_last(sequence_N: torch.Tensor) -> torch.Tensor:
-    """Whether each token is the last of its response, shape (N,); refuses responses with gaps."""
+def is_last(sequence_N: torch.Tensor) -> torch.Tensor:
+    """Whether each token is the last of its response.
+
+    Args:
+        sequence_N: response of each token. Shape (N,), int64.
+
+    Returns:
+        Shape (N,), bool.
+
+    Raises:
+        ShapeError: the tokens of a response are not consecutive.
+    """
     is_last_N = torch.ones_like(sequence_N, dtype=torch.bool)
     is_last_N[:-1] = sequence_N[1:] != sequence_N[:-1]
     ends = sequence_N[is_last_N]
@@ -298,8 +308,8 @@ def _is_last(sequence_N: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(sequence_N: torch.Tensor, num_responses: int) -> torch.Tensor:
-    """`_is_last` of responses that all have tokens, shape (N,)."""
-    is_last_N = _is_last(sequence_N)
+    """`is_last` of responses that all have tokens, shape (N,)."""
+    is_last_N = is_last(sequence_N)
     num_found = int(is_last_N.sum())
     if num_found != num_responses:
         raise ShapeError(f"{num_responses} rewards for {num_found} responses with tokens; every response needs a token")

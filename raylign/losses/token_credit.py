@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from raylign.losses.advantages import _is_last, check_alike, check_vector, rewards_at_end
+from raylign.losses.advantages import check_alike, check_vector, is_last, rewards_at_end
 from raylign.losses.logprobs import segment_sum
 
 
@@ -41,7 +41,7 @@ def score_differences(
     check_alike(prefix_scores=prefix_scores_N, sequence=sequence_N)
     check_vector(empty_scores=empty_scores_M)
     scores_N, empty_M = prefix_scores_N.detach(), empty_scores_M.detach()
-    follows_N = _is_last(sequence_N).roll(1)  # the last token overall ends a response, so that the first one starts one
+    follows_N = is_last(sequence_N).roll(1)  # the last token overall ends a response, so that the first one starts one
     return scores_N - torch.where(follows_N, empty_M[sequence_N], scores_N.roll(1))
 
 

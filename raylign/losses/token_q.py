@@ -85,7 +85,8 @@ def token_q(
     def chunk_q(hidden_cD: torch.Tensor, labels_c: torch.Tensor) -> torch.Tensor:
         logits_cV = F.linear(hidden_cD, lm_head_weight_VD, bias)
         if logit_softcap is not None:
-            logits_cV = logit_softcap * torch.tanh(logits_cV.float() / logit_softcap)
+            logits_cV = logits_cV.to(torch.promote_types(logits_cV.dtype, torch.float32))
+            logits_cV = logit_softcap * torch.tanh(logits_cV / logit_softcap)
         return policy_q(logits_cV, labels_c, q_from=q_from, logit_scale=logit_scale)
 
     rows = range(0, max(hidden_ND.shape[0], 1), chunk_tokens)

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from raylign.errors import ConfigError, ShapeError
-from raylign.losses.advantages import _is_last, check_alike
+from raylign.losses.advantages import check_alike, is_last
 from raylign.losses.gaussian_reward import gaussian_nll
 from raylign.losses.logprobs import segment_sum
 
@@ -82,7 +82,7 @@ def td_errors(
     """
     check_alike(q=q_N, sequence=sequence_N)
     _check_choice("terminal", terminal, ("zero", "drop"))
-    is_last_N = _is_last(sequence_N)
+    is_last_N = is_last(sequence_N)
     delta_N = q_N - discount * torch.where(is_last_N, 0, q_N.roll(-1))
     if terminal == "zero":
         return delta_N, torch.ones_like(is_last_N)
@@ -242,7 +242,7 @@ def _pooled(
     """Sum over the tokens that the rule reads, and their number, both (M,)."""
     check_alike(values=values_N, sequence=sequence_N)
     _check_choice("score", rule, ("last", "sum", "mean"))
-    is_last_N = _is_last(sequence_N)
+    is_last_N = is_last(sequence_N)
     if int(is_last_N.sum()) != num_responses:
         raise ShapeError(f"{int(is_last_N.sum())} of {num_responses} responses have tokens; every response needs one")
     if rule == "last":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raylign.errors import ConfigError, ShapeError
+from raylign.losses.gaussian_reward import kl_to_standard_normal
 from raylign.losses.logprobs import segment_sum
 from raylign.losses.variational import (
     TD_STD_FLOOR,
@@ -40,6 +41,71 @@ def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> 
 def test_density_is_that_of_the_normal_distribution():
     value, mu, sigma = noise(50), noise(50, seed=1), noise(50, seed=2).abs() + 0.05
     close(gaussian_log_density(value, mu, sigma), torch.distributions.Normal(mu, sigma).log_prob(value), atol=1e-6)
+
+
+def explanation(mu: torch.Tensor, sigma: torch.Tensor, delta: torch.Tensor, td_weight: float) -> torch.Tensor:
+    """What one token's reward pays for explaining its TD error: KL - td_weight log N(delta). Any shape."""
+    mu, sigma, delta = torch.broadcast_tensors(mu, sigma, delta)
+    return kl_to_standard_normal(mu, sigma) - td_weight * gaussian_log_density(delta, mu, sigma)
+
+
+DELTAS = vector(0, 1, 2, 4)
+MINIMA = {  # mean and variance at each of DELTAS
+    0.25: ((0, 0.750), (0.214, 0.918), (0.324, 1.29), (0.406, 2.21)),
+    0.5: ((0, 0.500), (0.403, 0.741), (0.555, 1.30), (0.637, 2.64)),
+    0.9: ((0, 0.100), (0.762, 0.281), (0.904, 1.09), (0.933, 2.96)),
+}
+
+
+@pytest.mark.parametrize("td_weight", MINIMA)
+def test_a_td_weight_below_one_keeps_sigma_off_zero(td_weight):
+    """Minima by L-BFGS: mu = c delta/(s + c), s^2 + (c - 1) s = c (delta - mu)^2, s = sigma^2 >= 1 - c."""
+    parts = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [parts], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = explanation(parts[0], parts[1].exp(), DELTAS, td_weight).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    mu, variance = parts[0].detach(), (2 * parts[1].detach()).exp()
+    close(mu, td_weight * DELTAS / (variance + td_weight), atol=1e-6)
+    close(variance**2 + (td_weight - 1) * variance, td_weight * (DELTAS - mu) ** 2, atol=1e-6)
+    assert variance.min() >= 1 - td_weight - 1e-6
+    table_mu, table_variance = vector(*(m for m, _ in MINIMA[td_weight])), vector(*(v for _, v in MINIMA[td_weight]))
+    close(mu, table_mu, atol=1e-3)
+    rounding = torch.where(table_variance < 1, 1e-3, 5e-3).double()  # above 1 the table has two decimals
+    assert ((variance - table_variance).abs() <= rounding).all()
+
+
+def minima(td_weight: float, floor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lowest value for each of DELTAS over a grid of means and deviations, and where."""
+    mu = torch.linspace(-0.5, 4.5, 1001, dtype=torch.float64)[:, None]
+    sigma = torch.logspace(math.log10(floor), 0.5, 1200, dtype=torch.float64)
+    found = [explanation(mu, sigma, delta, td_weight).flatten().min(0) for delta in DELTAS]
+    best = torch.stack([minimum.indices for minimum in found])
+    return torch.stack([minimum.values for minimum in found]), mu[best // 1200, 0], sigma[best % 1200].square()
+
+
+def test_at_one_the_explained_part_is_huber_and_sigma_collapses_inside():
+    value, mu, variance = minima(1.0, floor=1e-3)
+    huber = torch.where(DELTAS <= 1, DELTAS**2 / 2, DELTAS - 0.5)
+    close(value, huber + (math.log(2 * math.pi) - 1) / 2, atol=1e-3)
+    close(value, vector(0.419, 0.919, 1.919, 3.919), atol=1e-3)
+    close(mu, DELTAS.clamp(max=1), atol=2e-2)
+    close(variance, (DELTAS - 1).clamp(min=0), atol=2e-2)
+
+
+def test_above_one_only_the_floor_stops_sigma():
+    for floor in (1e-2, 1e-3):
+        value, mu, variance = minima(2.0, floor=floor)
+        torch.testing.assert_close(variance, torch.full_like(variance, floor**2), rtol=1e-6, atol=0)
+        close(mu, DELTAS, atol=1e-2)
+    assert (value < minima(2.0, floor=1e-2)[0] - 2).all()
 
 
 def test_errors_by_hand():
