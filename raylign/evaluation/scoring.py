@@ -87,7 +87,7 @@ def score_responses(
     lengths = np.array([len(ids) for ids in response_ids], dtype=np.int64)
     states: torch.Tensor | None = None
     token_logps = [np.zeros(0, np.float32)] * num_responses
-    couples = _couples(prompt_ids)
+    couples = couple_answers(prompt_ids)
     pairs = [
         TokenizedPair(
             prompt_ids=np.asarray(prompt_ids[first], np.int32),
@@ -120,7 +120,7 @@ def score_responses(
     return ScoredResponses(logps=logps, lengths=lengths, states=states, token_logps=token_logps)
 
 
-def _couples(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def couple_answers(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """Positions of answers two by two, both to the same prompt; an odd one stands with itself."""
     by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for position, ids in enumerate(prompt_ids):

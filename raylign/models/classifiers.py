@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -273,15 +273,43 @@ def add_members(
     Returns:
         The peft model; B matrices are zero, so that every member starts as the classifier with its head.
     """
+    wrapped = add_adapters(model, names, rank=rank, alpha=alpha, seeds=seeds, task_type="SEQ_CLS")
+    for name, head_seed in zip(names, head_seeds, strict=True):
+        _draw_head(model.score.modules_to_save[name], model.config, head_seed)
+    return wrapped
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    *,
+    rank: int,
+    alpha: int,
+    seeds: Sequence[int],
+    task_type: Literal["SEQ_CLS", "CAUSAL_LM"],
+) -> PeftModel:
+    """Fresh LoRA adapters on all linear layers of one frozen model but its head.
+
+    Args:
+        model: classifier or causal language model.
+        names: of the M adapters.
+        rank: of each.
+        alpha: the scale of an adapter is alpha / rank.
+        seeds: of each.
+        task_type: peft's name of what the model is; with SEQ_CLS each adapter has a copy of the head.
+
+    Returns:
+        The peft model in evaluation mode; B matrices are zero.
+    """
     from peft import LoraConfig, get_peft_model
 
     wrapped: Any = None
-    for name, seed, head_seed in zip(names, seeds, head_seeds, strict=True):
+    for name, seed in zip(names, seeds, strict=True):
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             target_modules="all-linear",
-            task_type="SEQ_CLS",
+            task_type=task_type,
         )
         with torch.random.fork_rng(devices=[]), without_renaming_warnings():
             torch.manual_seed(seed)  # peft draws from the global generator
@@ -289,7 +317,6 @@ def add_members(
                 wrapped = get_peft_model(model, config, adapter_name=name)
             else:
                 wrapped.add_adapter(name, config)
-        _draw_head(model.score.modules_to_save[name], model.config, head_seed)
     return wrapped.eval()
 
 

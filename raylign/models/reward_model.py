@@ -110,7 +110,7 @@ class TextReward:
             ModelError: too many tokens, a prompt that cannot be read back for another tokenizer, or a reward that is
                 not finite.
         """
-        _check_lengths(prompt_ids, response_ids)
+        check_lengths(prompt_ids, response_ids)
         if self._own is None:
             return self._score(
                 [
@@ -135,7 +135,7 @@ class TextReward:
             DataError: the lists differ in length.
             ModelError: as `posterior`.
         """
-        _check_lengths(conversations, responses)
+        check_lengths(conversations, responses)
         if self._own is not None:
             return self._score([self._read(*texts) for texts in zip(conversations, responses, strict=True)])
         prompts = [encode_prompt(self._tokenizer, conversation) for conversation in conversations]
@@ -156,7 +156,7 @@ class TextReward:
                 prompts * 2, [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
             )
             return both[: len(pairs)], both[len(pairs) :]
-        self._check_context(max((_longest(pair) for pair in pairs), default=0))
+        check_positions(max(map(longest_sequence, pairs), default=0), self._max_tokens)
         rewards_2BM = torch.zeros(2, len(pairs), self.num_heads)
         for member in range(self.num_heads):
             self._activate(member)
@@ -172,7 +172,7 @@ class TextReward:
 
     @torch.no_grad()
     def _score(self, sequences: Sequence[Sequence[int]]) -> RewardPosterior:
-        self._check_context(max(map(len, sequences), default=0))
+        check_positions(max(map(len, sequences), default=0), self._max_tokens)
         rewards_nM = torch.zeros(len(sequences), self.num_heads)
         batches = length_batches([len(ids) for ids in sequences], self._batch_tokens)
         for member in range(self.num_heads):
@@ -192,13 +192,6 @@ class TextReward:
     def _activate(self, member: int) -> None:
         if self._members:
             self._forward.activate(self._members[member])
-
-    def _check_context(self, longest: int) -> None:
-        if self._max_tokens is not None and longest > self._max_tokens:
-            raise ModelError(
-                f"a prompt with its response has {longest} tokens, the reward model {self._max_tokens} positions; "
-                "lower data.max_length or online.max_new_tokens"
-            )
 
     def _read(self, conversation: Sequence[Message], response: str) -> list[int]:
         """Ids of one input of a classifier with a tokenizer of its own."""
@@ -274,10 +267,33 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
     return batches
 
 
-def _longest(pair: TokenizedPair) -> int:
+def longest_sequence(pair: TokenizedPair) -> int:
+    """Tokens of the prompt with the longer response."""
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def _check_lengths(first: Sequence[Any], second: Sequence[Any]) -> None:
-    if len(first) != len(second):
-        raise DataError(f"{len(first)} prompts and {len(second)} responses cannot be paired")
+def check_positions(longest: int, max_tokens: int | None) -> None:
+    """Refuse sequences that a reward model has no positions for.
+
+    Args:
+        longest: tokens of the longest sequence.
+        max_tokens: positions, None when they are not numbered.
+
+    Raises:
+        ModelError: naming both numbers and the keys to lower.
+    """
+    if max_tokens is not None and longest > max_tokens:
+        raise ModelError(
+            f"a prompt with its response has {longest} tokens, the reward model {max_tokens} positions; "
+            "lower data.max_length or online.max_new_tokens"
+        )
+
+
+def check_lengths(prompts: Sequence[Any], responses: Sequence[Any]) -> None:
+    """Refuse lists that cannot be paired.
+
+    Raises:
+        DataError: naming both lengths.
+    """
+    if len(prompts) != len(responses):
+        raise DataError(f"{len(prompts)} prompts and {len(responses)} responses cannot be paired")

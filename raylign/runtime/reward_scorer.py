@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylign.config import RewardModelSection, RobustSection
+from raylign.config import RewardModelSection, RobustSection, TokenRewardSection
 from raylign.evaluation.scoring import RewardScorer, StatesReward
+from raylign.models.token_reward import Rule, TokenReward
 from raylign.runtime.fitted_reward import FittedReward, load_reward
 from raylign.runtime.robust import robust_rewards
 from raylign.runtime.text_rewards import make_text_reward
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from raylign.evaluation.scoring import ResponseReward
@@ -30,6 +32,7 @@ def load_response_reward(
     *,
     reward_model: RewardModelSection,
     options: ActorOptions,
+    token_reward: TokenRewardSection | None = None,
 ) -> ResponseReward:
     """What was fitted to all training pairs, for responses that are none of them.
 
@@ -40,11 +43,15 @@ def load_response_reward(
         device: of heads.
         reward_model: which classifier, for a reward of texts.
         options: the actor that scores.
+        token_reward: credit of tokens, for kinds that reward tokens, which come as a `TokensReward`.
     """
     fitted = load_reward(Path(reward_dir))
     if isinstance(fitted, FittedReward):
         return StatesReward(fitted.full.to(device), layers)
-    return TextsReward(make_text_reward(model_path, reward_model, directory=fitted.members, options=options))
+    reward = make_text_reward(
+        model_path, reward_model, directory=fitted.members, options=options, token_reward=token_reward
+    )
+    return TokensReward(reward) if isinstance(reward, TokenReward) else TextsReward(reward)
 
 
 class TextsReward:
@@ -56,7 +63,7 @@ class TextsReward:
 
     layers = None
 
-    def __init__(self, reward: TextReward) -> None:
+    def __init__(self, reward: TextReward | TokenReward) -> None:
         self._reward = reward
 
     def __call__(
@@ -64,6 +71,24 @@ class TextsReward:
     ) -> RewardPosterior:
         """See `ResponseReward`."""
         return self._reward.posterior(prompt_ids, response_ids)
+
+
+class TokensReward(TextsReward):
+    """A reward of token ids that also rewards every token.
+
+    Args:
+        reward: loaded, in the credit of the run.
+    """
+
+    def __init__(self, reward: TokenReward) -> None:
+        super().__init__(reward)
+        self._tokens = reward
+
+    def token_rewards(
+        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], *, rule: Rule | None = None
+    ) -> list[np.ndarray]:
+        """See `TokenReward.token_rewards`."""
+        return self._tokens.token_rewards(prompt_ids, response_ids, rule=rule)
 
 
 def make_reward_scorer(

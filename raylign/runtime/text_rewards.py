@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from raylign.config import PolicySection, RewardModelSection
+from raylign.config import TOKEN_REWARDS, PolicySection, RewardModelSection, TokenRewardSection
 from raylign.errors import CheckpointError, ModelError
 from raylign.models.classifiers import (
     ClassifierForward,
@@ -19,9 +19,11 @@ from raylign.models.classifiers import (
     neutral_pad_id,
     reward_column,
 )
-from raylign.models.loading import load_tokenizer, resolve_dtype, resolve_model
-from raylign.models.numerics import actor_device, compute_type, policy_numerics
+from raylign.models.loading import load_policy, load_tokenizer, resolve_dtype, resolve_model
+from raylign.models.numerics import ComputeType, actor_device, compute_type, policy_numerics
 from raylign.models.reward_model import TextReward
+from raylign.models.token_forward import TokenForm, TokenHeads, TokenRewardForward
+from raylign.models.token_reward import TokenReward
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import pairs_from_table
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 REWARD_FILE = "text_reward.json"
 MERGED = "merged"
 HEAD_REWARD_COLUMNS = ("chosen_head_rewards", "rejected_head_rewards")
+HEAD_SCALE_COLUMNS = ("chosen_head_scales", "rejected_head_scales")  # of members that state a sigma
 _ROWS_PER_CALL = 128
 
 
@@ -40,7 +43,8 @@ def make_text_reward(
     *,
     directory: str | Path | None = None,
     options: ActorOptions | None = None,
-) -> TextReward:
+    token_reward: TokenRewardSection | None = None,
+) -> TextReward | TokenReward:
     """The run's reward of texts, in this process.
 
     Args:
@@ -48,6 +52,7 @@ def make_text_reward(
         reward_model: `reward_model` section.
         directory: what `fit_members` wrote; None for the external classifier `reward_model.model`.
         options: size and number types of the actor.
+        token_reward: credit of tokens, for kinds that reward tokens; their score is that of the fit.
 
     Raises:
         CheckpointError: the directory holds no finished reward model.
@@ -59,6 +64,16 @@ def make_text_reward(
     if facts is None or directory is None:
         return _external(tokenizer, reward_model, options)
     directory = Path(directory)
+    if facts["kind"] in TOKEN_REWARDS:
+        return _token_reward(
+            facts,
+            tokenizer,
+            model_path=model_path,
+            directory=directory,
+            options=options,
+            token_reward=token_reward or TokenRewardSection(),
+            batch_tokens=reward_model.batch_tokens,
+        )
     dtype = weights_dtype(options.policy, actor_device(options.num_gpus))
     if facts["kind"] == "warm":
         model: Any = load_external(directory / MERGED, dtype=dtype, trust_remote_code=options.trust_remote_code)
@@ -80,6 +95,40 @@ def make_text_reward(
         scale=None if facts["scale"] is None else torch.tensor(facts["scale"]),
         shift=None if facts["shift"] is None else torch.tensor(facts["shift"]),
         batch_tokens=reward_model.batch_tokens,
+    )
+
+
+def _token_reward(
+    facts: dict[str, Any],
+    tokenizer: Any,
+    *,
+    model_path: str | Path,
+    directory: Path,
+    options: ActorOptions,
+    token_reward: TokenRewardSection,
+    batch_tokens: int,
+) -> TokenReward:
+    """Members that reward tokens, in the credit that the run asks for."""
+    form = TokenForm(**facts["form"])
+    model = load_policy(
+        model_path,
+        dtype=weights_type(options.policy, actor_device(options.num_gpus)),
+        trust_remote_code=options.trust_remote_code,
+        attention="eager" if token_reward.credit == "attention" else "auto",  # fused kernels return no weights
+    )
+    vocab_size, width = model.get_output_embeddings().weight.shape
+    directories = [directory / name for name in facts["names"]]
+    heads = {path.name: TokenHeads(width, vocab_size, form).load(path) for path in directories}
+    return TokenReward(
+        tokens_on_device(load_members(model, directories), heads, form, options.policy, options.num_gpus),
+        tokenizer,
+        members=facts["names"],
+        score=facts["score"],
+        credit=token_reward.credit,
+        dense_weight=token_reward.dense_weight,
+        scale=None if facts["scale"] is None else torch.tensor(facts["scale"]),
+        shift=None if facts["shift"] is None else torch.tensor(facts["shift"]),
+        batch_tokens=batch_tokens,
     )
 
 
@@ -137,7 +186,9 @@ def read_facts(directory: Path) -> dict[str, Any]:
 
 
 class PairScorer:
-    """Adds `HEAD_REWARD_COLUMNS` to tables of tokenized pairs; holds the models, so it becomes an actor in the pool.
+    """Adds each member's rewards to tables of tokenized pairs; holds the models, so it becomes an actor in the pool.
+
+    The columns are `HEAD_REWARD_COLUMNS` and, where members state a sigma, `HEAD_SCALE_COLUMNS`.
 
     Args:
         model_path: directory of the policy.
@@ -154,12 +205,17 @@ class PairScorer:
         self._reward = make_text_reward(model_path, reward_model, directory=directory, options=options)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """The table with two more columns, lists of M float32 each."""
+        """The table with two more columns, lists of M float32 each; with four where members state a sigma."""
         beliefs = self._reward.posterior_of_pairs(pairs_from_table(table))
-        for name, belief in zip(HEAD_REWARD_COLUMNS, beliefs, strict=True):
-            rows = pa.array(list(belief.head_rewards.numpy()), pa.list_(pa.float32()))
-            table = table.append_column(name, rows)
+        for name, scale_name, belief in zip(HEAD_REWARD_COLUMNS, HEAD_SCALE_COLUMNS, beliefs, strict=True):
+            table = table.append_column(name, _lists(belief.head_rewards))
+            if belief.head_scales is not None:
+                table = table.append_column(scale_name, _lists(belief.head_scales))
         return table
+
+
+def _lists(values_nM: torch.Tensor) -> pa.Array:
+    return pa.array(list(values_nM.numpy()), pa.list_(pa.float32()))
 
 
 def score_dataset(
@@ -170,7 +226,7 @@ def score_dataset(
     directory: str | Path | None = None,
     options: ActorOptions | None = None,
 ) -> ray.data.Dataset:
-    """Add `HEAD_REWARD_COLUMNS`, each member's reward of both responses, to every pair; lazy.
+    """Add what `PairScorer` adds, each member's reward of both responses, to every pair; lazy.
 
     Args:
         pairs: with `TOKEN_COLUMNS`; all columns are kept.
@@ -195,15 +251,32 @@ def score_dataset(
     )
 
 
-def weights_dtype(policy: PolicySection, device: str) -> torch.dtype:
+def weights_type(policy: PolicySection, device: str) -> ComputeType:
     """The compute type, as for a LoRA policy: the backbone is frozen, adapters and heads are float32."""
     lora = policy.model_copy(update={"adapter": "lora"})
-    return resolve_dtype(policy_numerics(lora, compute_type(policy.dtype, device)).weights, device)
+    return policy_numerics(lora, compute_type(policy.dtype, device)).weights
+
+
+def weights_dtype(policy: PolicySection, device: str) -> torch.dtype:
+    """`weights_type`, as torch names it."""
+    return resolve_dtype(weights_type(policy, device), device)
 
 
 def on_device(model: Any, policy: PolicySection, num_gpus: float) -> ClassifierForward:
     """A classifier where it computes, in the number types of the run, in evaluation mode."""
     device = actor_device(num_gpus)
+    return ClassifierForward(model.to(device), autocast_dtype=_autocast(policy, device)).eval()
+
+
+def tokens_on_device(
+    model: Any, heads: dict[str, TokenHeads], form: TokenForm, policy: PolicySection, num_gpus: float
+) -> TokenRewardForward:
+    """Members that reward tokens where they compute, in the number types of the run, in evaluation mode."""
+    device = actor_device(num_gpus)
+    forward = TokenRewardForward(model, heads, form=form, autocast_dtype=_autocast(policy, device))
+    return forward.to(device).eval()
+
+
+def _autocast(policy: PolicySection, device: str) -> torch.dtype | None:
     dtype = resolve_dtype(policy.dtype, device)
-    autocast = None if dtype == torch.float32 else dtype
-    return ClassifierForward(model.to(device), autocast_dtype=autocast).eval()
+    return None if dtype == torch.float32 else dtype
