@@ -47,7 +47,8 @@ def command_entry(names: tuple[str, ...], command: click.Command) -> str:
     name = " ".join(names)
     pieces = command.collect_usage_pieces(click.Context(command, info_name=names[-1]))
     text = inspect.cleandoc((command.help or "").split("\f")[0]).replace("\b\n", "")
-    parts = [f"## {name}", f"```text\n{' '.join([name, *pieces])}\n```", text]
+    paragraphs = (f"```bash\n{part}\n```" if part.startswith(f"{names[0]} ") else part for part in text.split("\n\n"))
+    parts = [f"## {name}", f"```text\n{' '.join([name, *pieces])}\n```", *paragraphs]
     options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     if options:
         parts.append(
@@ -74,5 +75,7 @@ def _meaning(option: click.Option) -> str:
         facts.append("required")
     elif option.show_default:
         facts.append(f"default {option.default}")
+    if option.envvar:
+        facts.append(f"or the environment's {option.envvar}")
     noted = f" ({'; '.join(facts)})" if facts else ""
     return (option.help or "") + noted

@@ -9,15 +9,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+import tuning
 from raylign.calibrate_config import CalibrateSection
 from raylign.compare_config import CompareSection
 from raylign.config import RunConfig, idle_keys
+from tuning.sweep_config import SweepSection
 
 CONFIGS = Path(__file__).parent / "configs"
+SPACES = Path(tuning.__file__).parent / "spaces"
 # sections of files that describe several runs, with the command that reads them
 FILES: dict[str, tuple[type[BaseModel], str]] = {
     "compare": (CompareSection, "raylign compare"),
     "calibrate": (CalibrateSection, "raylign calibrate"),
+    "sweep": (SweepSection, "raylign sweep"),
 }
 
 _INTRODUCTION = """# Configuration keys
@@ -49,16 +53,27 @@ def config_page() -> str:
 
 
 def shipped_page() -> str:
-    """Markdown of the files in launch/configs, each with its own first lines as its description."""
+    """Markdown of the files in launch/configs and tuning/spaces, each described by its own first lines."""
     parts = [
         "# Shipped configurations",
         "Each can be named without its directory, `raylign align --config dpo.yaml`, and any of its keys overridden "
         "behind it. The first lines of a file say what it is, how to start it and what to expect. What the keys do: "
         "[configuration keys](config.md).",
     ]
-    for path in sorted(CONFIGS.glob("*.yaml")):
-        parts.append(f"## {path.name}\n\n```yaml\n{path.read_text(encoding='utf-8').rstrip()}\n```")
+    parts += ["## Runs", *_files(CONFIGS)]
+    parts += [
+        "## Spaces",
+        "What a sweep searches, named without directory and ending: `raylign sweep --space beta`.",
+        *_files(SPACES),
+    ]
     return "\n\n".join(parts)
+
+
+def _files(directory: Path) -> list[str]:
+    return [
+        f"### {path.name}\n\n```yaml\n{path.read_text(encoding='utf-8').rstrip()}\n```"
+        for path in sorted(directory.glob("*.yaml"))
+    ]
 
 
 def _section(name: str, section: type[BaseModel], idle: Mapping[str, str], *, note: str = "") -> str:

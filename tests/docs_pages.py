@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,18 @@ from raylign.calibrate_config import load_calibration
 from raylign.compare_config import load_comparison
 from raylign.config import RunConfig, load_config, merge_config
 from raylign.errors import ConfigError
+from tuning.sweep_config import load_sweep
 
 ROOT = Path(raylign.__file__).parents[1]
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()} | {
     name: section for name, (section, _) in FILES.items()
 }
-LOADERS = {"compare": load_comparison, "calibrate": load_calibration}
+# by command: what checks its file, its overrides and its other options
+LOADERS: dict[str, Callable[[str | None, list[str], dict[str, Any]], object]] = {
+    "compare": lambda file, given, _: load_comparison(file, given),
+    "calibrate": lambda file, given, _: load_calibration(file, given),
+    "sweep": lambda file, given, options: load_sweep(options["space"], file, given),
+}
 # the section whose keys a function of `import raylign` takes as options
 OPTIONS = {
     "ingest": "data",
@@ -161,6 +167,9 @@ def _wrong_raylign(words: list[str]) -> Iterator[str]:
     except click.UsageError as error:
         yield f"{line}: {error.format_message()}"
         return
+    if called == "submit":
+        yield from _wrong_raylign([word for word in context.params["arguments"] if word != "raylign"])
+        return
     given = [word for word in context.params.get("overrides") or () if word != "..."]
     path = context.params.get("path")
     if path is not None and not (CONFIGS / path).is_file():  # a file of the reader's
@@ -172,9 +181,9 @@ def _wrong_raylign(words: list[str]) -> Iterator[str]:
         return
     file = None if path is None else str(CONFIGS / path)
     named = merge_config(file).keys() & LOADERS.keys()
-    load = LOADERS[named.pop()] if called == "check" and named else LOADERS.get(called, load_config)
+    load = LOADERS.get(named.pop() if called == "check" and named else called)
     try:
-        load(file, given)
+        load(file, given, context.params) if load else load_config(file, given)
     except ConfigError as error:
         yield f"{line}: {error}"
 
@@ -233,7 +242,7 @@ def wrong_files(page: str) -> Iterator[str]:
         for path in re.findall(r"(?<![\w/.-])((?:raylign|launch|tests|tuning|docs)/[\w./-]+)", span):
             if not (ROOT / path.rstrip(".")).exists():
                 yield f"there is no {path}"
-    shipped = {path.name for path in (ROOT / "launch").rglob("*.yaml")}
+    shipped = {path.name for folder in ("launch", "tuning") for path in (ROOT / folder).rglob("*.yaml")}
     written = {"config.yaml"}  # of every run directory
     for name in re.findall(r"(?<![\w*{-])([\w-]+\.yaml)\b", page):
         if name not in shipped | written and not name.startswith("my"):

@@ -14,7 +14,7 @@ from launch import reference
 from launch.cli import CONFIGS, main
 from launch.reference_api import markdown, signature
 from launch.reference_cli import command_entry, commands
-from launch.reference_config import FILES, config_page, describe, shipped_page, table
+from launch.reference_config import FILES, SPACES, config_page, describe, shipped_page, table
 from raylign.config import RunConfig, known_keys
 
 
@@ -57,7 +57,9 @@ def test_idle_keys_say_what_to_change_first():
 
 def test_every_shipped_file_is_shown():
     page = shipped_page()
-    assert all(f"## {path.name}\n" in page and path.read_text().rstrip() in page for path in CONFIGS.glob("*.yaml"))
+    shipped = [*CONFIGS.glob("*.yaml"), *SPACES.glob("*.yaml")]
+    assert len(shipped) > 15
+    assert all(f"### {path.name}\n" in page and path.read_text().rstrip() in page for path in shipped)
 
 
 class Made(BaseModel):
@@ -115,17 +117,22 @@ def test_a_command_entry_shows_usage_options_and_defaults():
     @click.argument("target")
     @click.option("--rows", default=3, show_default=True, type=click.IntRange(1, 9), help="How many.")
     @click.option("--kind", type=click.Choice(["a", "b"]), required=True, help="Which.")
+    @click.option("--where", envvar="TOOL_WHERE", help="Place.")
     @click.option("--quiet", "-q", is_flag=True, help="Say less.")
-    def show(target, rows, kind, quiet):
+    def show(target, rows, kind, where, quiet):
         """Show it.
 
         More words.
+
+        tool show this
         """
 
     entry = command_entry(("tool", "show"), show)
     assert entry.startswith("## tool show\n\n```text\ntool show [OPTIONS] TARGET\n```\n\nShow it.\n\nMore words.\n\n")
+    assert "```bash\ntool show this\n```" in entry
     assert "| `--rows INTEGER` | How many. (from 1 to 9; default 3) |" in entry
     assert r"| `--kind a\|b` | Which. (required) |" in entry
+    assert "| `--where TEXT` | Place. (or the environment's TOOL_WHERE) |" in entry
     assert "| `--quiet, -q` | Say less. |" in entry or "| `-q, --quiet` | Say less. |" in entry
 
 
