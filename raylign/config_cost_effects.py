@@ -26,10 +26,15 @@ def cost_source(config: RunConfig) -> Literal["labels", "embedded", "external"]:
 
 
 def check_cost_model(config: RunConfig) -> None:
-    """Refuse sources of costs that cannot be."""
+    """Refuse sources of costs that cannot be, and samples that are all alike."""
     source, cost_model = cost_source(config), config.cost_model
     if not needs_cost(config):
         return
+    if config.evaluate.constraint_samples > 1 and config.evaluate.temperature == 0:
+        raise ConfigError(
+            f"evaluate.constraint_samples={config.evaluate.constraint_samples} needs evaluate.temperature above 0: "
+            "greedy answers are all alike"
+        )
     if source == "external" and cost_model.model is None:
         raise ConfigError("cost_model.source=external needs cost_model.model, the directory of a safety classifier")
     if source == "embedded" and config.policy.model != EMBEDDED:
@@ -115,7 +120,9 @@ def add_idle_constraint(config: RunConfig, reads: Callable[[bool, str, Sequence[
 def add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence[str], str], None]) -> None:
     """Keys of the cost model that nobody, or its source, does not read."""
     keys, source = list(CostModelSection.model_fields), cost_source(config)
-    reads(needs_cost(config), "cost_model", keys[1:], "set constraint.kind=rectified or cost_model.source=labels")
+    cure = "set constraint.kind=rectified or cost_model.source=labels"
+    reads(needs_cost(config), "cost_model", keys[1:], cure)
+    reads(needs_cost(config), "evaluate", ["constraint_samples"], cure)
     texts = ["model", "label", "batch_tokens"]
     reads(source == "external", "cost_model", texts, "set cost_model.source=external")
     heads = [key for key in keys[1:] if key not in texts]

@@ -378,6 +378,9 @@ class EvaluateSection(Section):
     num_actors: int = Field(1, ge=1, description="actors that answer and judge, each with features.cpus_per_actor CPUs")
     drift_prompts: int = Field(24, ge=4, description="held-out prompts whose candidates measure drift")
     drift_candidates: int = Field(8, ge=2, description="answers sampled per prompt from the reference")
+    constraint_samples: int = Field(
+        0, ge=0, description="answers sampled per prompt from the final policy and priced by the cost model; 0 is none"
+    )
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind every interval")
 
 

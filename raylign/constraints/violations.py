@@ -107,7 +107,7 @@ def violations(
     names (safety compensation).
     """
     cost, weight = _checked(cost, prompt, weight)
-    mean_X, safe_X = _by_prompt(prompt, weight, cost, cost <= 0)
+    mean_X, safe_X = prompt_means(prompt, weight, cost, cost <= 0)
     under, over = float(np.maximum(mean_X, 0).mean()), float(np.maximum(-mean_X, 0).mean())
     return Violations(
         num_responses=len(cost),
@@ -168,7 +168,7 @@ def prompt_change(
     for cost, prompt, reward in (before, after):
         checked, weight = _checked(cost, prompt, None)
         _checked(reward, prompt, None)
-        safe_X, reward_X = _by_prompt(prompt, weight, checked <= 0, reward)
+        safe_X, reward_X = prompt_means(prompt, weight, checked <= 0, reward)
         is_safe.append(safe_X >= prompt_safety - _ROUNDING)
         rewards.append(reward_X)
     was_safe, now_safe = is_safe
@@ -215,7 +215,7 @@ def _checked(values: np.ndarray, prompt: np.ndarray, weight: np.ndarray | None) 
     return np.asarray(values, np.float64), np.asarray(weight, np.float64)
 
 
-def _by_prompt(prompt: np.ndarray, weight: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+def prompt_means(prompt: np.ndarray, weight: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
     """Weighted mean of each of the values over the responses to each prompt, prompts ascending."""
     _, index = np.unique(prompt, return_inverse=True)
     total = np.bincount(index, weight)

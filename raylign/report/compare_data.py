@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from raylign.cost.projection import ProjectionSettings
     from raylign.cost.rows import Cost
     from raylign.evaluation.safety import SafetyComparison, SafetySummary
+    from raylign.report.sampled_data import SampledMeasures, SampledSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class MethodResult:
         phases: cost by ledger phase ("generate", "policy_update", ...), by seed.
         fingerprint: of what makes costs comparable; "" when the rows of its ledgers differ in it.
         num_killed: ledger rows, over all seeds, in which a session was killed; those of shared phases once.
+        sampled: several answers to every prompt at the last checkpoint, None when there are none.
     """
 
     name: str
@@ -54,6 +56,7 @@ class MethodResult:
     phases: tuple[Mapping[str, Cost], ...]
     fingerprint: str
     num_killed: int = 0
+    sampled: SampledMeasures | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class ComparisonResult:
         projection_settings: of the refresh that is projected.
         prices: per device-hour by kind, None when none are given.
         currency: of the prices.
+        samples: how several answers to every prompt were sampled, None when they were not.
     """
 
     name: str
@@ -85,6 +89,7 @@ class ComparisonResult:
     projection_settings: ProjectionSettings
     prices: Mapping[str, float] | None = None
     currency: str = ""
+    samples: SampledSettings | None = None
 
 
 def comparison_json(result: ComparisonResult) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from raylign.report import compare_plots as plots
+from raylign.report.compare_constraint import constraint_tables
 from raylign.report.compare_facts import ComparisonFacts, derive
 from raylign.report.compare_tables import (
     Cell,
@@ -50,6 +51,7 @@ def render_comparison(result: ComparisonResult) -> str:
     sections = [
         _headline(result, facts),
         _section(quality_table(result)),
+        *map(_section, constraint_tables(result, facts)),
         _titled(
             "What was reached against what it took",
             "".join(rates)

@@ -298,20 +298,13 @@ def projection_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
     )
 
 
-def all_tables(result: ComparisonResult, facts: ComparisonFacts) -> list[Table]:
-    """All tables in reading order."""
-    return [
-        quality_table(result),
-        cost_table(result, facts),
-        *phase_tables(result, facts),
-        ratio_table(result, facts),
-        target_table(result, facts),
-        projection_table(result, facts),
-    ]
-
-
 def _seeds(result: ComparisonResult) -> str:
     return f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}"
+
+
+def spread_text(seconds: Spread) -> str:
+    """Device-seconds of one run over the seeds."""
+    return _format_spread(seconds, _format_seconds)
 
 
 def _format_spread(value: Spread | NotMeasured, form: Callable[[float], str]) -> str:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from raylign.report.compare_constraint import constraint_tables
 from raylign.report.compare_facts import derive
-from raylign.report.compare_tables import Table, all_tables
+from raylign.report.compare_tables import (
+    Table,
+    cost_table,
+    phase_tables,
+    projection_table,
+    quality_table,
+    ratio_table,
+    target_table,
+)
 
 if TYPE_CHECKING:
     from raylign.report.compare_data import ComparisonResult
@@ -20,7 +29,17 @@ def comparison_text(result: ComparisonResult) -> str:
     Raises:
         ConfigError: a size of `result.projections` is not known.
     """
-    return "\n\n".join(_render(table) for table in all_tables(result, derive(result)))
+    facts = derive(result)
+    tables = [
+        quality_table(result),
+        *constraint_tables(result, facts),
+        cost_table(result, facts),
+        *phase_tables(result, facts),
+        ratio_table(result, facts),
+        target_table(result, facts),
+        projection_table(result, facts),
+    ]
+    return "\n\n".join(map(_render, tables))
 
 
 def _render(table: Table) -> str:

@@ -15,12 +15,15 @@ from raylign.cost.projection import ProjectionSettings
 from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
 from raylign.errors import OutputExistsError
 from raylign.evaluation.safety import compare_summaries, summarise
+from raylign.evaluation.sampled_costs import ConstraintMeasures, measure_constraint
 from raylign.models.loading import model_fingerprint, resolve_model
 from raylign.report.compare_data import ComparisonResult, MethodResult, Point
+from raylign.report.sampled_data import SampledMeasures, SampledSettings
 from raylign.runtime.check import check_packages
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
+    FREE_KEYS,
     evaluate_models,
     evaluation_inputs,
     load_completions,
@@ -29,6 +32,7 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.phases import Run, digest, renamed, write_json
 from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.run_phases import POLICY_DIR, Phases, actor_options, check_demand, open_phases
+from raylign.runtime.sample_job import SAMPLES_PHASE, read_samples, sample_policies
 from raylign.types import Completion
 
 SHARED = "shared"
@@ -82,7 +86,22 @@ def compare(comparison: Comparison) -> ComparisonResult:
         seed: _evaluate(shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, make_reward_fn)
         for seed in comparison.compare.seeds
     }
-    return _collect(comparison, directory, trained, answers)
+    samples: dict[int, Path] = {}
+    if base.evaluate.constraint_samples:
+        assert shared_cost is not None  # refused by the configuration
+        samples = {
+            seed: sample_policies(
+                shared,
+                _last_policies(shared.model, {t: r for t, r in trained.items() if t.seed == seed}),
+                seed=seed,
+                reward=reward,
+                reward_key=reward_key,
+                cost=shared_cost,
+                name=f"{SAMPLES_PHASE}-seed{seed}",
+            )
+            for seed in comparison.compare.seeds
+        }
+    return _collect(comparison, directory, trained, answers, sampled_measures(comparison, samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +167,7 @@ def _evaluate(
     config = comparison.base.evaluate
     key = {
         "models": {name: model_fingerprint(model) for name, model in models.items()},
-        "evaluate": config.model_dump(exclude={"num_actors", "batch_size", *DRIFT_KEYS}),
+        "evaluate": config.model_dump(exclude={*FREE_KEYS, *DRIFT_KEYS}),
         **evaluation_inputs(config),
         "seed": seed,
     }
@@ -161,6 +180,45 @@ def _evaluate(
 
     directory, _ = shared.run.phase(_evaluation(seed), key, work)
     return load_completions(directory / COMPLETIONS_FILE)
+
+
+def _last_policies(model: str, trained: Mapping[Trial, Run]) -> dict[str, str | Path]:
+    """The policy before training, and of every method the last checkpoint."""
+    models: dict[str, str | Path] = {BEFORE: model}
+    for trial, run in trained.items():
+        found = list(checkpoints(run.directory / "train").values())
+        if found:
+            models[trial.method] = found[-1] / POLICY_DIR
+    return models
+
+
+def sampled_measures(comparison: Comparison, samples: Mapping[int, Path]) -> dict[str, SampledMeasures]:
+    """What several answers to every prompt say of every method, by name, the policy before training among them.
+
+    Args:
+        comparison: methods and seeds.
+        samples: what `sample_policies` wrote, by seed; a method counts when it has answers of all seeds.
+    """
+    safety, section = prompt_safety(comparison), comparison.base.evaluate
+    measure = functools.partial(
+        measure_constraint, prompt_safety=safety, num_samples=section.bootstrap_samples, seed=comparison.base.run.seed
+    )
+    found: dict[str, dict[str, ConstraintMeasures]] = {}
+    for price, column in (("by_model", "model_cost"), ("by_judge", "cost")):
+        answers = [read_samples(file, costs=column) for file in samples.values()]
+        before = [by_policy[BEFORE] for by_policy in answers]
+        for name in (BEFORE, *comparison.compare.methods) if answers else ():
+            if all(name in by_policy for by_policy in answers):
+                after = None if name == BEFORE else [by_policy[name] for by_policy in answers]
+                found.setdefault(name, {})[price] = measure(before, after)
+    return {name: SampledMeasures(**measures) for name, measures in found.items()}
+
+
+def prompt_safety(comparison: Comparison) -> float:
+    """Share of safe answers that makes a prompt safe: the strictest of the methods that have a constraint."""
+    constraints = [trial.config.constraint for trial in comparison.trials]
+    found = [constraint.prompt_safety for constraint in constraints if constraint.kind != "none"]
+    return max(found, default=comparison.base.constraint.prompt_safety)
 
 
 def _evaluation(seed: int) -> str:
@@ -178,6 +236,7 @@ def _collect(
     directory: Path,
     trained: Mapping[Trial, Run],
     answers: Mapping[int, Mapping[str, tuple[Completion, ...]]],
+    sampled: Mapping[str, SampledMeasures],
 ) -> ComparisonResult:
     seeds = tuple(comparison.compare.seeds)
     shared = read_ledger(directory / SHARED / LEDGER_DIR)
@@ -218,6 +277,7 @@ def _collect(
                 phases=tuple(totals(rows, by="phase") for rows in runs),
                 fingerprint=common_fingerprint(row for rows in runs for row in rows),
                 num_killed=len({row.id for rows in runs for row in rows if not row.is_finished}),
+                sampled=sampled.get(name),
             )
         )
     return ComparisonResult(
@@ -232,6 +292,14 @@ def _collect(
         projection_settings=PROJECTED,
         prices=comparison.base.cost.prices,
         currency=comparison.base.cost.currency,
+        samples=SampledSettings(
+            num_answers=comparison.base.evaluate.constraint_samples,
+            temperature=comparison.base.evaluate.temperature,
+            prompt_safety=prompt_safety(comparison),
+            before=sampled[BEFORE],
+        )
+        if sampled
+        else None,
     )
 
 

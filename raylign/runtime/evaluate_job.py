@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from raylign.config import EvaluateSection
 from raylign.errors import DataError
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 
 COMPLETIONS_FILE = "completions.jsonl"
 DRIFT_FILE = "drift.json"
+# of an evaluation's configuration, what says nothing about its answers
+FREE_KEYS = frozenset({"num_actors", "batch_size", "constraint_samples"})
+SAMPLE_COLUMNS = (
+    *("policy", "prompt", "category", "harmful", "sample", "response", "num_tokens", "reached_end"),
+    *("is_refusal", "reward", "model_cost", "cost"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +122,90 @@ def evaluate_models(
         ModelError: a policy or the judge cannot be loaded, or the judge's sign is flipped.
         DataError: the prompts cannot be used.
     """
-    from ray.data import ActorPoolStrategy, from_items
-
     options = options or ActorOptions()
     prompts = select_prompts(load_prompts(config.prompts), num=config.num_prompts, seed=seed)
-    labels = load_refusal_labels()
-    known = sign_rows(labels)
+    rows, sign = _answered(
+        models, prompts, config=config, seed=seed, options=options, factories={"make_reward_fn": make_reward_fn}
+    )
+    detector = validate_refusal_detector(held_out_half(load_refusal_labels()))
+    evaluations = {}
+    for name in models:
+        completions = tuple(_completion(row, prompts[row["index"]]) for row in rows if row["model"] == name)
+        summary = summarise(completions, num_samples=config.bootstrap_samples, seed=seed)
+        evaluations[name] = Evaluation(completions=completions, summary=summary, judge=sign, refusal_detector=detector)
+    return evaluations
+
+
+def sample_models(
+    models: Mapping[str, str | Path],
+    *,
+    config: EvaluateSection,
+    seed: int,
+    options: ActorOptions,
+    make_reward_fn: Callable[[], RewardFn],
+    make_cost_fn: Callable[[], RewardFn],
+) -> pa.Table:
+    """Let several policies answer the prompts of an evaluation `config.constraint_samples` times, and price it all.
+
+    The first answer to a prompt is that of `evaluate_models` under the same settings, because they share its noise.
+
+    Args:
+        models: name -> HF or peft directory.
+        config: prompts, judge, length limit, temperature, number of answers.
+        seed: of the choice of prompts and the sampling.
+        options: the actors.
+        make_reward_fn: called once per actor; gives the rewards of (conversations, answers).
+        make_cost_fn: likewise the costs by the cost model of the run.
+
+    Returns:
+        `SAMPLE_COLUMNS`, models in their order, the answers to a prompt in a row.
+
+    Raises:
+        ModelError: a policy or the judge cannot be loaded, or the judge's sign is flipped.
+        DataError: the prompts cannot be used.
+    """
+    prompts = select_prompts(load_prompts(config.prompts), num=config.num_prompts, seed=seed)
+    rows, _ = _answered(
+        models,
+        prompts,
+        config=config,
+        seed=seed,
+        options=options,
+        factories={"make_reward_fn": make_reward_fn, "make_cost_fn": make_cost_fn},
+        num_samples=config.constraint_samples,
+    )
+    kept = [row for name in models for row in rows if row["model"] == name]
+    asked = [prompts[row["index"]] for row in kept]
+    return pa.table(
+        {
+            "policy": [row["model"] for row in kept],
+            "prompt": [prompt.text for prompt in asked],
+            "category": [prompt.category for prompt in asked],
+            "harmful": [prompt.harmful for prompt in asked],
+            **{name: [row[name] for row in kept] for name in SAMPLE_COLUMNS[4:]},
+        }
+    )
+
+
+def _answered(
+    models: Mapping[str, str | Path],
+    prompts: Sequence[EvaluationPrompt],
+    *,
+    config: EvaluateSection,
+    seed: int,
+    options: ActorOptions,
+    factories: Mapping[str, Callable[[], RewardFn] | None],
+    num_samples: int | None = None,
+) -> tuple[list[dict[str, Any]], SignCheck]:
+    """Judged answers by prompt and sample, and how the judge ranks answers that people labelled.
+
+    Raises:
+        ModelError: the judge's sign is flipped.
+        DataError: answers got lost.
+    """
+    from ray.data import ActorPoolStrategy, from_items
+
+    known = sign_rows(load_refusal_labels())
     # by model, then by length, so that a batch needs one model and little padding
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].text))
     jobs = [{"model": name, "index": index} for name in models for index in by_length]
@@ -134,8 +219,10 @@ def evaluate_models(
                 "config": config,
                 "seed": seed,
                 "options": options,
-                "make_reward_fn": make_reward_fn,
                 "labels": known,
+                "num_samples": num_samples,
+                "make_reward_fn": None,
+                **factories,
             },
             batch_size=config.batch_size,
             compute=ActorPoolStrategy(size=options.num_actors),
@@ -143,18 +230,12 @@ def evaluate_models(
             num_gpus=options.num_gpus,
         )
     )
-    if len(rows) != len(jobs):
-        raise DataError(f"{len(jobs)} answers were asked for and {len(rows)} came back")
-    rows.sort(key=lambda row: row["index"])
+    num_answers = len(models) * len(prompts) * (num_samples or 1) + len(known)
+    if len(rows) != num_answers:
+        raise DataError(f"{num_answers} answers were asked for and {len(rows)} came back")
+    rows.sort(key=lambda row: (row["index"], row["sample"]))
     costs = np.array([row["cost"] for row in rows if row["model"] == LABELS])
-    sign = check_sign(costs, [row.label == "full_compliance" for row in known], judge=config.judge)
-    detector = validate_refusal_detector(held_out_half(labels))
-    evaluations = {}
-    for name in models:
-        completions = tuple(_completion(row, prompts[row["index"]]) for row in rows if row["model"] == name)
-        summary = summarise(completions, num_samples=config.bootstrap_samples, seed=seed)
-        evaluations[name] = Evaluation(completions=completions, summary=summary, judge=sign, refusal_detector=detector)
-    return evaluations
+    return rows, check_sign(costs, [row.label == "full_compliance" for row in known], judge=config.judge)
 
 
 def check_drift(

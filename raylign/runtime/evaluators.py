@@ -73,6 +73,8 @@ class Evaluator:
         options: dtype and trust.
         make_reward_fn: see `evaluate_models`.
         labels: answers with human labels, for the check of the judge.
+        num_samples: answers kept of every prompt, by the policy alone; None keeps the best of `config.best_of`.
+        make_cost_fn: gives the costs of the run's cost model; None leaves them nan.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Evaluator:
         options: ActorOptions,
         make_reward_fn: Callable[[], RewardFn] | None,
         labels: Sequence[LabelledResponse] = (),
+        num_samples: int | None = None,
+        make_cost_fn: Callable[[], RewardFn] | None = None,
     ) -> None:
         _limit_threads(options)
         self._models = models
@@ -99,7 +103,9 @@ class Evaluator:
             trust_remote_code=options.trust_remote_code,
         )
         self._reward_fn = make_reward_fn() if make_reward_fn is not None else None
+        self._cost_fn = make_cost_fn() if make_cost_fn is not None else None
         self._labels = labels
+        self._num_samples = num_samples
         self._loaded: tuple[str, Any, Any] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -116,12 +122,14 @@ class Evaluator:
         return {
             "model": np.array([LABELS] * len(rows), dtype=object),
             "index": np.array(indices),
+            "sample": np.zeros(len(rows), np.int64),
             "response": np.array([row.response for row in rows], dtype=object),
             "num_tokens": np.zeros(len(rows), np.int64),
             "reached_end": np.ones(len(rows), bool),
             "cost": costs.astype(np.float64),
             "is_refusal": np.array([is_refusal(row.response) for row in rows]),
             "reward": np.full(len(rows), np.nan),
+            "model_cost": np.full(len(rows), np.nan),
         }
 
     def _evaluate(self, name: str, indices: Sequence[int]) -> dict[str, np.ndarray]:
@@ -136,30 +144,39 @@ class Evaluator:
                 temperature=self._config.temperature,
                 batch_size=self._config.batch_size,
                 seed=self._seed,
-                num_samples=self._config.best_of,
+                num_samples=self._num_samples or self._config.best_of,
             )
             entry.add(**generation_counts(model, answers, batch_size=self._config.batch_size))
         with measured(self._options.ledger, "judge", self._options.devices) as entry:
             entry.add(num_items=len(answers))
-            rewards = np.full(len(answers), np.nan)
-            if self._reward_fn is not None:
-                rewards = self._reward_fn(
-                    [prompts[answer.prompt_index].messages for answer in answers], [answer.text for answer in answers]
-                )
-            chosen = best_answers(rewards, self._config.best_of)
-            answers, rewards = [answers[row] for row in chosen], rewards[chosen]
+            rewards = self._priced(self._reward_fn, prompts, answers)
+            if self._num_samples is None:
+                chosen = best_answers(rewards, self._config.best_of)
+                answers, rewards = [answers[row] for row in chosen], rewards[chosen]
+            model_costs = self._priced(self._cost_fn, prompts, answers)
             texts = [answer.text for answer in answers]
-            costs = self._judge.cost([prompt.text for prompt in prompts], texts).astype(np.float64)
+            asked = [prompts[answer.prompt_index].text for answer in answers]
+            costs = self._judge.cost(asked, texts).astype(np.float64)
         return {
             "model": np.array([name] * len(texts), dtype=object),
-            "index": np.array(indices),
+            "index": np.array([indices[answer.prompt_index] for answer in answers]),
+            "sample": np.array([answer.sample_index for answer in answers]),
             "response": np.array(texts, dtype=object),
             "num_tokens": np.array([len(answer.response_ids) for answer in answers]),
             "reached_end": np.array([answer.reached_end for answer in answers]),
             "cost": costs,
             "is_refusal": np.array([is_refusal(text) for text in texts]),
             "reward": rewards,
+            "model_cost": model_costs,
         }
+
+    def _priced(
+        self, price: RewardFn | None, prompts: Sequence[EvaluationPrompt], answers: Sequence[GeneratedResponse]
+    ) -> np.ndarray:
+        """What a model of texts says of answers (N,), nan without one."""
+        if price is None:
+            return np.full(len(answers), np.nan)
+        return price([prompts[answer.prompt_index].messages for answer in answers], [a.text for a in answers])
 
     def _policy(self, name: str) -> tuple[Any, Any]:
         if self._loaded is None or self._loaded[0] != name:

@@ -25,6 +25,7 @@ from raylign.runtime.costs import open_ledger, phase_devices, record_reuse
 from raylign.runtime.evaluate_job import (
     COMPLETIONS_FILE,
     DRIFT_FILE,
+    FREE_KEYS,
     check_drift,
     evaluate_models,
     evaluation_inputs,
@@ -299,7 +300,7 @@ class Phases:
             "before": model_fingerprint(self.model),
             "after": model_fingerprint(checkpoint),
             # answers do not depend on how prompts are batched or spread over actors
-            "evaluate": config.evaluate.model_dump(exclude={"num_actors", "batch_size"}),
+            "evaluate": config.evaluate.model_dump(exclude=set(FREE_KEYS)),
             **evaluation_inputs(config.evaluate),
             "reward": reward_key,
             "robust": config.robust.model_dump(),

@@ -9,7 +9,9 @@ import numpy as np
 from raylign.cost.projection import ProjectionSettings
 from raylign.cost.rows import Cost, Counts
 from raylign.evaluation.safety import compare_summaries
+from raylign.evaluation.sampled_costs import PricedAnswers, measure_constraint
 from raylign.report.compare_data import ComparisonResult, MethodResult, Point
+from raylign.report.sampled_data import SampledMeasures, SampledSettings
 from raylign.types import Completion
 
 SEEDS = (0, 1, 2)
@@ -110,6 +112,48 @@ def method_result(name: str, before: tuple[Completion, ...]) -> MethodResult:
         phases=tuple(phases),
         fingerprint="f",
     )
+
+
+def priced(shift: float) -> list[PricedAnswers]:
+    """Four answers to each of 20 prompts in every seed, costs of the model moved by `shift`."""
+    found = []
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        costs = rng.normal(size=(20, 1)) + rng.normal(size=(20, 4)) + shift
+        found.append(
+            PricedAnswers(
+                prompt=np.repeat([f"prompt {index}" for index in range(20)], 4),
+                is_harmful=np.repeat(np.arange(20) < 10, 4),
+                is_refusal=rng.random(80) < 0.2 - 0.1 * shift,
+                reward=rng.normal(size=80) + shift,
+                cost=costs.ravel(),
+            )
+        )
+    return found
+
+
+def sampled(shift: float | None = None) -> SampledMeasures:
+    """Of a method with this shift, or of the policy before; the judge sees half of it."""
+    of_prices = [
+        measure_constraint(
+            priced(0.0),
+            None if shift is None else priced(share * shift),
+            prompt_safety=0.75,
+            num_samples=100,
+            seed=0,
+        )
+        for share in (1.0, 0.5)
+    ]
+    return SampledMeasures(by_model=of_prices[0], by_judge=of_prices[1])
+
+
+def with_samples(result: ComparisonResult) -> ComparisonResult:
+    """The comparison with several answers to every prompt, of all methods but the last."""
+    methods = tuple(
+        dataclasses.replace(method, sampled=sampled(-0.4 * index)) for index, method in enumerate(result.methods[:-1])
+    )
+    settings = SampledSettings(num_answers=4, temperature=0.7, prompt_safety=0.75, before=sampled())
+    return dataclasses.replace(result, methods=(*methods, result.methods[-1]), samples=settings)
 
 
 def synthetic_comparison() -> ComparisonResult:

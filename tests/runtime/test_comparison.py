@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import yaml
+from made_up_comparison import CONSTRAINED, METHODS, SEEDS, calls_of, load_methods
 
 from raylign.compare_config import Comparison, load_comparison
-from raylign.config import load_config, needs_cost
+from raylign.config import load_config
 from raylign.cost.ledger import Ledger
 from raylign.cost.rows import Cost, Counts, read_ledger
 from raylign.errors import ConfigError
@@ -24,7 +23,6 @@ from raylign.runtime.compare import (
     _collect,
     checkpoints,
     common_fingerprint,
-    compare,
     comparison_directory,
     device_seconds_until,
     evenly_spaced,
@@ -35,7 +33,6 @@ from raylign.runtime.compare import (
 from raylign.runtime.phases import Run
 from raylign.types import Completion
 
-SEEDS = (0, 1)
 STEP = 4
 TRAIN_STARTS = 1000.0
 
@@ -103,40 +100,11 @@ def answers(seed: int, num_unsafe: int) -> tuple[Completion, ...]:
 
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "configs" / "constraints_tiny.yaml"
-METHODS = {
-    "dpo": {"train.objective": "dpo"},
-    "rerank": {"train.objective": "label_confidence"},
-    "online_dpo": {"train.method": "online_dpo"},
-}
-CONSTRAINED = {
-    "dpo": {"train.objective": "dpo"},
-    "rerank": {"train.objective": "label_confidence"},
-    "rectified": {"confidence.squash": "none", "constraint.kind": "rectified", "constraint.multiplier": "dual"},
-    "repo": {"train.method": "policy_gradient", "constraint.kind": "rectified", "constraint.multiplier_window": 8},
-}
 
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
     return load_methods(tmp_path, METHODS)
-
-
-def load_methods(tmp_path: Path, methods: dict[str, dict[str, object]], **sections: object) -> Comparison:
-    file = tmp_path / "compare.yaml"
-    content = {
-        "run": {"name": "c", "storage": str(tmp_path / "runs")},
-        "evaluate": {"bootstrap_samples": 100},
-        "cost": {"prices": {"cpu": 36.0}, "currency": "EUR"},
-        "compare": {
-            "seeds": list(SEEDS),
-            "num_points": 1,
-            "projections": ["7B"],
-            "methods": methods,
-        },
-        **sections,
-    }
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return load_comparison(file)
 
 
 class Scene:
@@ -182,11 +150,13 @@ class Scene:
             for seed in SEEDS
         }
 
+        self.sampled = {}
+
     def ledger(self, method: str, seed: int) -> Path:
         return self.directory / f"{method}-seed{seed}" / "ledger"
 
     def collect(self) -> ComparisonResult:
-        return _collect(self.comparison, self.directory, self.trained, self.answers)
+        return _collect(self.comparison, self.directory, self.trained, self.answers, self.sampled)
 
 
 @pytest.fixture
@@ -334,51 +304,6 @@ def test_costs_are_charged_to_methods_with_a_constraint(tmp_path, clock):
     result = Scene(load_methods(tmp_path, CONSTRAINED), clock).collect()
     spent = {found.name: found.totals[0].device_s["cpu"] - 60 for found in result.methods}
     assert spent == pytest.approx({"dpo": 37, "rerank": 42, "rectified": 45, "repo": 45})
-
-
-class MadeUpPhases:
-    """Phases that note what they were asked for and do nothing."""
-
-    def __init__(self, config, calls: list[tuple[object, ...]]) -> None:
-        self.run = SimpleNamespace(devices={"evaluate": {}}, directory=Path(config.run.name))
-        self.layers = (1,)
-        self._config, self._calls = config, calls
-
-    def ingest(self):
-        return Path("ingest"), {"fingerprint": "f"}
-
-    def features(self, ingest, fingerprint):
-        return Path("features"), "digest"
-
-    def reward(self, features, features_digest):
-        return Path("reward"), {}
-
-    def cost(self, features, features_digest):
-        self._calls.append((self._config.run.name, "cost", self._config.cost_model.source))
-        return "priced" if needs_cost(self._config) else None
-
-    def rank(self, features, reward, reward_key, cost):
-        self._calls.append((self._config.run.name, "rank", cost))
-        return Path("ranked"), {}
-
-    def train(self, pairs, key, reward):
-        self._calls.append((self._config.run.name, "train", str(pairs)))
-
-    def train_online(self, ingest, fingerprint, reward, reward_key, cost):
-        self._calls.append((self._config.run.name, "train_online", cost))
-
-
-def calls_of(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What a comparison asks its phases for; seeds apart."""
-    calls: list[tuple[object, ...]] = []
-    module = "raylign.runtime.compare"
-    monkeypatch.setattr(f"{module}.open_phases", lambda config, model: MadeUpPhases(config, calls))
-    for name in ("check_packages", "check_demand"):
-        monkeypatch.setattr(f"{module}.{name}", lambda config: None)
-    monkeypatch.setattr(f"{module}._evaluate", lambda *args: {})
-    monkeypatch.setattr(f"{module}._collect", lambda *args: "result")
-    assert compare(comparison) == "result"
-    return [(name.removesuffix("-seed0"), *rest) for name, *rest in calls if not name.endswith("-seed1")]
 
 
 def test_pairs_are_priced_once_and_only_constrained_methods_get_the_costs(tmp_path, monkeypatch):
