@@ -255,6 +255,52 @@ def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], prin
 
 
 @main.command()
+@click.option(
+    "--address",
+    envvar="RAY_API_SERVER_ADDRESS",
+    default="http://127.0.0.1:8265",
+    show_default=True,
+    help="Job server of the cluster: its dashboard's address.",
+)
+@click.option("--working-dir", default=".", show_default=True, metavar="DIR", help="What the job ships and runs in.")
+@click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable the job sees; secrets by name only.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Files not to ship, beside .gitignore, .rayignore.")
+@click.option("--submission-id", metavar="ID", help="Name of the job; Ray makes one otherwise.")
+@click.option("--wait", "wait_s", default=0.0, metavar="SECONDS", help="Wait so long for nodes that hold the job.")
+@click.option("--dry-run", is_flag=True, help="Print the `ray job submit` line that does the same, and stop.")
+@click.option("--no-follow", is_flag=True, help="Return when the job is submitted.")
+@click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
+def submit(
+    address: str,
+    working_dir: str,
+    env: tuple[str, ...],
+    exclude: tuple[str, ...],
+    submission_id: str | None,
+    wait_s: float,
+    dry_run: bool,
+    no_follow: bool,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run a command of raylign as a job of a Ray cluster, follow its log and end with its exit code.
+
+    raylign submit --address http://head:8265 -- align --config my.yaml run.storage=/shared/runs
+    """
+    from launch.submit import Options, run_submit
+
+    options = Options(
+        address=address,
+        working_dir=Path(working_dir),
+        env=env,
+        exclude=exclude,
+        submission_id=submission_id,
+        wait_s=wait_s,
+        is_dry_run=dry_run,
+        is_followed=not no_follow,
+    )
+    raise SystemExit(run_submit(main, arguments, options))
+
+
+@main.command()
 def env() -> None:
     """Print versions, devices and known conflicts of this installation."""
     from raylign.runtime.check import environment

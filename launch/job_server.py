@@ -1,0 +1,326 @@
+"""The job server of a Ray cluster: reached with the right token or refused with the cure, asked for nodes, followed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from raylign.errors import ResourceError, SubmitError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_TIMEOUT_S = 20.0  # of one answer
+_POLL_S = 1.0
+_RECONNECTS = 5
+_STOPPED = 143  # what a shell gives for a command that SIGTERM ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        exit_code: to pass on.
+        reason: one line.
+    """
+
+    exit_code: int
+    reason: str
+
+
+def normalise(address: str) -> str:
+    """The address that a user gave, as "http://host:port".
+
+    Raises:
+        SubmitError: an address of another service of Ray.
+    """
+    full = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
+    parts = urlsplit(full)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SubmitError(
+            f"--address {address} is no address of a job server; it is the dashboard's, for example http://head:8265"
+        )
+    return full
+
+
+def find_token() -> str | None:
+    """Where Ray would read a token from, in its own order; None when there is none.
+
+    Raises:
+        SubmitError: RAY_AUTH_TOKEN_PATH names a file that cannot be read, at which Ray's core ends the process.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if named:
+        if not _is_filled(Path(named)):
+            raise SubmitError(
+                f"RAY_AUTH_TOKEN_PATH={named} cannot be read or is empty; write the cluster's token there"
+            )
+        return f"RAY_AUTH_TOKEN_PATH={named}"
+    default = Path.home() / ".ray" / "auth_token"
+    return "~/.ray/auth_token" if _is_filled(default) else None
+
+
+def _is_filled(path: Path) -> bool:
+    try:
+        return bool(path.read_text(encoding="utf-8").strip())
+    except OSError:
+        return False
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the job server, which sends the token only to a server that asks for one.
+
+    Args:
+        address: as `normalise` gives it.
+
+    Raises:
+        SubmitError: nobody answers, the answer is not a job server's, or the token is missing or wrong.
+    """
+    status = _ask_version(address)
+    if status in (401, 403):
+        _use_token(address)
+    elif status != 200:
+        raise SubmitError(
+            f"{address} answers with HTTP {status} and is no Ray job server; give the dashboard's address (port 8265 "
+            "unless chosen otherwise), and check what else listens there"
+        )
+    # Ray lets RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, beat the address that is given to it.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        """Ray's client, whose requests would wait for ever."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": _TIMEOUT_S, **options})
+
+    try:
+        return Client(address, headers=_headers())
+    except AuthenticationError as error:
+        raise SubmitError(
+            f"{address} refuses the token from {find_token()}: it is another cluster's, or an old one; `ray "
+            "get-auth-token` on the head node prints the right one"
+        ) from error
+    except (RuntimeError, ConnectionError) as error:
+        raise SubmitError(f"{address} does not take jobs: {error}") from error
+
+
+def _ask_version(address: str) -> int:
+    """HTTP status of the version page, asked without a token; 200 only when the page is Ray's."""
+    import requests
+
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=_TIMEOUT_S).close()
+        answer = requests.get(f"{address}/api/version", headers=_headers(), timeout=_TIMEOUT_S)
+    except (OSError, requests.RequestException) as error:
+        raise SubmitError(
+            f"no Ray job server answers at {address} ({type(error).__name__}); is the cluster up (`ray status` on its "
+            "head), is this the dashboard's address (http://HEAD:8265, not the port 6379 of the cluster), and is it "
+            "reachable from here (ssh -L 8265:127.0.0.1:8265 HEAD, or kubectl port-forward service/NAME-head-svc 8265)?"
+        ) from error
+    if answer.status_code == 200:
+        try:
+            answer.json()["ray_version"]
+        except (ValueError, KeyError, TypeError):
+            return 404
+    return answer.status_code
+
+
+def _headers() -> dict[str, str] | None:
+    """Headers for a proxy before the cluster, from where `ray job submit` takes them."""
+    text = os.environ.get("RAY_JOB_HEADERS")
+    if not text:
+        return None
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise SubmitError('RAY_JOB_HEADERS must be JSON such as {"name": "value"}') from error
+
+
+def _use_token(address: str) -> None:
+    """Let Ray's clients in this process send the token.
+
+    Raises:
+        SubmitError: there is none, or it is switched off.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is not None and mode.lower() != "token":
+        raise SubmitError(f"{address} wants a token, and RAY_AUTH_MODE={mode} forbids to send one; unset it")
+    if find_token() is None:
+        raise SubmitError(
+            f"{address} wants a token, and there is none here: run `ray get-auth-token` on the head node, and put what "
+            "it prints into the file ~/.ray/auth_token (chmod 600), or into RAY_AUTH_TOKEN"
+        )
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from ray._raylet import Config
+
+    Config.initialize("")  # Ray has cached the mode when it was imported
+
+
+def list_supply(address: str) -> list[dict[str, float]]:
+    """Resources of each living node, from the state API.
+
+    Raises:
+        SubmitError: it does not answer.
+    """
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=10_000, timeout=int(_TIMEOUT_S))
+    except (RayStateApiException, OSError) as error:
+        raise SubmitError(f"{address} does not list its nodes: {error}") from error
+    return [node.resources_total for node in nodes]
+
+
+def await_supply(
+    ask: Callable[[], Sequence[Mapping[str, float]]],
+    check: Callable[[Sequence[Mapping[str, float]]], None],
+    *,
+    wait_s: float,
+    tell: Callable[[str], None],
+) -> Sequence[Mapping[str, float]]:
+    """The nodes, as soon as they hold what is asked for.
+
+    Args:
+        ask: gives the resources of each living node.
+        check: raises ResourceError when they are too few.
+        wait_s: longest wait; 0 asks once.
+        tell: gets the reason to wait, once.
+
+    Raises:
+        ResourceError: they still do not suffice at the end of the wait.
+    """
+    deadline = time.monotonic() + wait_s
+    is_told = False
+    while True:
+        nodes = ask()
+        try:
+            check(nodes)
+            return nodes
+        except ResourceError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not is_told:
+                tell(f"waiting up to {wait_s:g} s for nodes: {error}")
+                is_told = True
+        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+
+
+def submit_job(
+    client: JobSubmissionClient, *, entrypoint: str, runtime_env: Mapping[str, Any], submission_id: str | None
+) -> str:
+    """Upload, and start the job.
+
+    Returns:
+        Its submission id.
+
+    Raises:
+        SubmitError: what the server said.
+    """
+    try:
+        return str(client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env), submission_id=submission_id))
+    except (RuntimeError, ValueError, OSError) as error:
+        text = str(error).strip()
+        cure = ""
+        if "No available agent" in text:
+            cure = (
+                "; the agent of the head node is not up: wait a minute, or, with two clusters on that machine, start "
+                "the second with another --dashboard-agent-listen-port"
+            )
+        raise SubmitError(f"the job server refused the job: {_last_line(text)}{cure}") from error
+
+
+def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> Outcome:
+    """Hand on the log until the job has ended; a lost connection is taken up again where it broke.
+
+    Args:
+        client: of the server.
+        job: submission id.
+        write: gets pieces of the log.
+
+    Raises:
+        SubmitError: the connection is lost for good.
+        KeyboardInterrupt: the user let go; the job goes on.
+    """
+    log = _Log(write)
+    num_failures = 0
+    while True:
+        try:
+            asyncio.run(_tail(client, job, log))
+            info = client.get_job_info(job)
+            num_failures = 0
+        except (OSError, RuntimeError) as error:  # aiohttp's and requests' errors are OSErrors
+            num_failures += 1
+            if num_failures > _RECONNECTS:
+                raise SubmitError(f"lost the connection to the job server: {_last_line(str(error))}") from error
+        else:
+            if info.status.is_terminal():
+                return outcome(
+                    status=str(info.status),
+                    exit_code=info.driver_exit_code,
+                    error=info.error_type,
+                    message=info.message,
+                )
+        time.sleep(_POLL_S)
+
+
+class _Log:
+    """A log of which the server sends every connection all, and of which each character is written once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._num_written = 0
+
+    def add(self, piece: str, end: int) -> None:
+        """Write what is new of a piece that ends after `end` characters."""
+        if end > self._num_written:
+            self._write(piece[-(end - self._num_written) :])
+            self._num_written = end
+
+
+async def _tail(client: JobSubmissionClient, job: str, log: _Log) -> None:
+    end = 0
+    async for piece in client.tail_job_logs(job):
+        end += len(piece)
+        log.add(piece, end)
+
+
+def outcome(*, status: str, exit_code: int | None, error: str | None, message: str | None) -> Outcome:
+    """The exit code to pass on and the reason, from what Ray says of a job that has ended.
+
+    Args:
+        status: "SUCCEEDED", "FAILED" or "STOPPED".
+        exit_code: of the entrypoint; negative when a signal ended it, None when it never started.
+        error: Ray's kind of failure.
+        message: Ray's words; of an entrypoint that failed, the end of its log.
+    """
+    if status == "SUCCEEDED":
+        return Outcome(exit_code=0, reason="succeeded")
+    if status == "STOPPED":
+        return Outcome(exit_code=_STOPPED, reason="was stopped")
+    last = _last_line(message or "no message")
+    if exit_code is None or exit_code == 0:
+        return Outcome(exit_code=1, reason=f"failed ({error or 'unknown'}): {last}")
+    if exit_code < 0:
+        return Outcome(exit_code=128 - exit_code, reason=f"was killed by signal {-exit_code}: {last}")
+    return Outcome(exit_code=exit_code, reason=f"failed with exit code {exit_code}: {last}")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -1,0 +1,246 @@
+"""What `raylign submit` sends, refuses and prints, without a cluster; `test_submit_cluster.py` has one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from launch.cli import main
+from launch.job_target import check_target, parse_target
+from launch.submit import JobRequest, hand_variables, parse_env
+from launch.upload import MAX_FILES, Upload, check_size, collect_upload
+from raylign.errors import ConfigError, DataNotFoundError, SubmitError
+
+SHARED = "run.storage=/shared/runs"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a config, data, and what nobody wants to ship."""
+    root = tmp_path / "project"
+    for name, text in {
+        "my.yaml": "train: {objective: dpo}\n",
+        "pairs.jsonl": "{}\n",
+        "secret.yaml": "train: {objective: ipo}\n",
+        ".gitignore": "secret.yaml\n/ignored/\n",
+        "runs/default/report.html": "old",
+        ".venv/lib/big.py": "x" * 1000,
+        ".git/objects/aa": "x",
+        "raylign.egg-info/PKG-INFO": "x",
+        "wandb/run": "x",
+        "ignored/pairs.jsonl": "{}\n",
+        "sub/deep.txt": "é",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.chdir(root)
+    return root
+
+
+def submit(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["submit", *arguments])
+
+
+def request(upload: Upload, **changes: object) -> JobRequest:
+    fields = {"address": "http://h:1", "entrypoint": ("python3", "-m", "x", "a b"), "upload": upload, "env": {}}
+    return JobRequest(**(fields | changes))  # type: ignore[arg-type]
+
+
+# what is shipped
+
+
+def test_the_upload_is_what_ray_packs_to_the_byte(project: Path, tmp_path: Path) -> None:
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    upload = collect_upload(project, ["sub/*.bin"])
+    assert [name for name, _ in upload.files] == [".gitignore", "my.yaml", "pairs.jsonl", "sub/deep.txt"]
+    package = tmp_path / "package.zip"
+    excludes = [*get_runtime_env_default_excludes(), *upload.excludes]
+    create_package(str(project), package, include_gitignore=True, excludes=excludes)
+    assert package.stat().st_size == upload.num_bytes
+    assert "sub/deep.txt" not in dict(collect_upload(project, ["sub/"]).files)
+
+
+def test_too_large_an_upload_names_the_largest_files(project: Path) -> None:
+    files = tuple((f"data/{i}.bin", i * 2**20) for i in range(1, 15))
+    check_size(Upload(root=project, excludes=(), files=files[:13]))  # 91 MiB
+    with pytest.raises(
+        SubmitError, match=r"105\.0 MiB from .*less than 100 MiB\. Largest are data/14\.bin \(14\.0 MiB"
+    ):
+        check_size(Upload(root=project, excludes=(), files=files))
+
+
+def test_a_home_directory_is_not_walked_to_its_end(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.upload.MAX_FILES", 3)
+    with pytest.raises(SubmitError, match="more than 3 files"):
+        collect_upload(project, [])
+    assert MAX_FILES > 1000
+
+
+def test_a_missing_working_directory_is_named() -> None:
+    result = submit("--working-dir", "/nowhere", "--dry-run", "--", "align", SHARED)
+    assert (result.exit_code, "/nowhere" in result.output) == (1, True)
+
+
+# what runs
+
+
+def parsed(project: Path, *arguments: str) -> tuple[str, ...]:
+    target = parse_target(main, arguments, root=project)
+    check_target(target, collect_upload(project, []))
+    return target.entrypoint
+
+
+def test_the_command_is_the_module_form(project: Path) -> None:
+    entrypoint = parsed(project, "align", "--config", "my.yaml", SHARED, "train.beta=0.2")
+    assert entrypoint == ("python3", "-m", "launch.cli", "align", "--config", "my.yaml", SHARED, "train.beta=0.2")
+
+
+def test_a_config_is_named_as_it_lies_in_the_working_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project / "sub")
+    for written in (["--config", "../my.yaml"], ["--config=../my.yaml"], ["--config", str(project / "my.yaml")]):
+        assert "my.yaml" in " ".join(parsed(project.resolve(), "align", *written, SHARED)).replace("=", " ").split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            ["align", "--config", "../outside.yaml", SHARED],
+            ConfigError,
+            r"not in the working directory .*--working-dir",
+        ),
+        (
+            ["align", "--config", "secret.yaml", SHARED],
+            ConfigError,
+            r"would not be shipped: \.gitignore.*!secret\.yaml",
+        ),
+        (["align", "--config", "absent.yaml", SHARED], ConfigError, r"cannot read config file absent\.yaml"),
+        (["align", "--config", "my.yaml"], ConfigError, r"run\.storage=runs is relative.*run\.storage=/shared/runs"),
+        (["align", SHARED, "train.betta=1"], ConfigError, r"did you mean train\.beta"),
+        (["align", SHARED, "data.path=other.jsonl"], DataNotFoundError, r"data\.path=other\.jsonl is not in the work"),
+        (["align", SHARED, "data.path=ignored/*.jsonl"], DataNotFoundError, r"is left out of the upload"),
+        (["align", SHARED, "policy.model=./model"], DataNotFoundError, r"policy\.model=\./model is not in"),
+        (["fly"], SubmitError, r"after -- comes a command of raylign \(align, .*found fly"),
+        (["submit", "align"], SubmitError, "comes a command"),
+        (["compare", "--config", "compare_tiny.yaml"], ConfigError, r"run\.storage=runs is relative"),
+        (["calibrate", "--config", "calibrate_tiny.yaml"], ConfigError, r"run\.storage=runs is relative"),
+        (["evaluate", "/checkpoint"], ConfigError, r"run\.storage=runs is relative"),
+    ],
+)
+def test_what_cannot_work_there_is_refused_here(
+    project: Path, arguments: list[str], error: type[Exception], message: str
+) -> None:
+    (project.parent / "outside.yaml").write_text("")
+    with pytest.raises(error, match=message):
+        parsed(project, *arguments)
+
+
+def test_a_wrong_option_of_the_command_is_found_here(project: Path) -> None:
+    with pytest.raises(click.UsageError, match="No such option"):
+        parsed(project, "align", "--confg", "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "note"),
+    [
+        ("data.path=/data/*.jsonl", "data.path=/data/*.jsonl must exist on every node; it is not shipped"),
+        ("policy.model=/models/a", "policy.model=/models/a must exist on every node; it is not shipped"),
+        ("tracking.wandb=online", "tracking.wandb=online needs WANDB_API_KEY there"),
+        ("data.path=pairs.jsonl", None),
+        ("policy.model=org/name", None),
+        ("data.path=hf://datasets/org/name/*.parquet", None),
+    ],
+)
+def test_what_only_the_cluster_can_tell_is_said(project: Path, override: str, note: str | None) -> None:
+    target = parse_target(main, ["align", SHARED, override], root=project)
+    notes = check_target(target, collect_upload(project, []))
+    assert notes[-1] == "raylign is not shipped: the cluster must have it"
+    assert (notes[0].startswith(note), len(notes)) == (True, 2) if note else len(notes) == 1
+
+
+# variables
+
+
+def test_only_named_variables_travel(project: Path) -> None:
+    environment = {"HF_TOKEN": "hf_s3cret", "HOME": "/home/me", "WANDB_API_KEY": "other"}
+    env = parse_env(["HF_TOKEN", "MODE=fast=1"], environment)
+    sent = request(collect_upload(project, []), env=env).runtime_env(environment)
+    assert sent["env_vars"] == {"HF_TOKEN": "hf_s3cret", "MODE": "fast=1"}
+    assert (sent["working_dir"], ".venv" in sent["excludes"]) == (str(project), False)
+    assert "runs/" in sent["excludes"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("ABSENT", "not set here"),
+        ("WANDB_API_KEY=abc", "looks like a secret"),
+        ("my_password=abc", "looks like a secret"),
+        ("RAY_ADDRESS", "Ray sets it inside the job"),
+        ("RAY_AUTH_TOKEN", "Ray sets it inside the job"),
+        ("not a name", "give NAME, or NAME=VALUE"),
+        ("=x", "give NAME, or NAME=VALUE"),
+    ],
+)
+def test_variables_that_must_not_travel(word: str, message: str) -> None:
+    with pytest.raises(SubmitError, match=message) as caught:
+        parse_env([word], {"RAY_ADDRESS": "a", "RAY_AUTH_TOKEN": "t"})
+    assert "abc" not in str(caught.value)
+
+
+# the line
+
+
+def test_the_line_gives_ray_the_same_job_and_shows_no_secret(project: Path, tmp_path: Path) -> None:
+    """A stand-in for `ray` prints what the shell gave it."""
+    upload = collect_upload(project, ["it's *.bin"])
+    environment = {"HF_TOKEN": "hf_s3cret $HOME `id`", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    job = request(
+        upload, env=parse_env(["HF_TOKEN", "MODE=a 'b' $c"], environment), submission_id="my job", address="http://h:1"
+    )
+    line = job.command_line({"RAY_AUTH_MODE": "token"})
+    assert "s3cret" not in line
+    ray = tmp_path / "ray"
+    ray.write_text('#!/bin/sh\necho "$RAY_AUTH_MODE"\nfor a in "$@"; do echo "$a"; done\n')
+    ray.chmod(0o755)
+    out = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=True, timeout=20)
+    mode, *words = out.stdout.splitlines()
+    assert mode == "token"
+    sent = job.runtime_env(environment)
+    assert words == [
+        *("job", "submit", "--address", "http://h:1", "--submission-id", "my job"),
+        *("--working-dir", sent["working_dir"], "--runtime-env-json", words[9], "--", *job.entrypoint),
+    ]
+    assert json.loads(words[9]) == {"excludes": sent["excludes"], "env_vars": sent["env_vars"]}
+
+
+def test_dry_run_prints_the_line_alone_to_stdout(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(project))  # no token there
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    result = submit("--address", "head:8265/", "--dry-run", "--", "align", "--config", "my.yaml", SHARED)
+    assert result.exit_code == 0, result.output
+    [line] = result.stdout.splitlines()
+    words = shlex.split(line)
+    assert words[:5] == ["ray", "job", "submit", "--address", "http://head:8265"]
+    assert words[words.index("--") + 1 :] == ["python3", "-m", "launch.cli", "align", "--config", "my.yaml", SHARED]
+    assert "upload   4 files, 0.0 MiB" in result.stderr
+    assert "demand   feature actor     1 x (1 CPU) = 1 CPU" in result.stderr
+
+
+def test_rays_own_variables_do_not_lead_the_line_elsewhere() -> None:
+    """Ray lets RAY_API_SERVER_ADDRESS and RAY_ADDRESS beat --address, and sends a token when RAY_AUTH_MODE says so."""
+    assert hand_variables("http://h:1", {}, has_token=False) == {}
+    assert hand_variables("http://h:1", {"RAY_ADDRESS": "x:6379"}, has_token=False) == {
+        "RAY_API_SERVER_ADDRESS": "http://h:1"
+    }
+    assert hand_variables("http://h:1", {}, has_token=True) == {"RAY_AUTH_MODE": "token"}
+    assert hand_variables("http://h:1", {"RAY_AUTH_MODE": "token"}, has_token=True) == {}
