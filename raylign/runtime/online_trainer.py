@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 import ray.train
 
-from raylign.config import RunConfig, check_devices
+from raylign.config import TOKEN_REWARDS, RunConfig, check_devices
 from raylign.cost.ledger import Ledger
 from raylign.errors import CheckpointError, DataError, OutputExistsError, ResourceError, SamplerError
 from raylign.runtime.costs import LEDGER_DIR
@@ -30,6 +30,8 @@ from raylign.runtime.trainer import METRICS_FILE, check_resume, fit_workers, rew
 
 if TYPE_CHECKING:
     import ray.data
+
+    from raylign.config import TokenRewardSection
 
 PROMPTS_FILE = "prompts.parquet"
 ROUNDS_DIR = "rounds"
@@ -87,7 +89,7 @@ def run_online(
     prompts, counts = collect_prompts(pairs, max_prompt_tokens=_prompt_room(config, model))
     with reward_directory(heads) as found:
         assert found is not None
-        _check_layers(found, layers)
+        _check_reward(found, layers, config)
         identity = run_identity(config, model=model, reward=found, cost=cost) | {
             "prompts": prompts_fingerprint(prompts)
         }
@@ -117,14 +119,25 @@ def run_online(
         return fit_workers(online_worker, task, directory, num_updates=num_updates, callbacks=callbacks)
 
 
-def _check_layers(reward: Path, layers: tuple[int, ...]) -> None:
-    """Heads and states that do not fit are found before an engine starts."""
+def _check_reward(reward: Path, layers: tuple[int, ...], config: RunConfig) -> None:
+    """Heads and states, or a reward and a credit, that do not fit are found before an engine starts."""
     fitted = load_reward(reward)
+    if _token_reward(config) is not None and fitted.kind not in TOKEN_REWARDS:
+        raise DataError(
+            f"policy_gradient.credit=token needs a reward of every token, the fitted reward is of kind {fitted.kind}; "
+            f"fit one of {', '.join(TOKEN_REWARDS)}, or set policy_gradient.credit=sequence"
+        )
     if isinstance(fitted, FittedReward) and fitted.full.num_layers != len(layers):
         raise DataError(
             f"the reward heads read {fitted.full.num_layers} layers, {list(layers)} are given to them; name the "
             "layers that they were fitted on (features.layers, or fit_reward(layers=...))"
         )
+
+
+def _token_reward(config: RunConfig) -> TokenRewardSection | None:
+    """Credit of tokens, where tokens train the policy."""
+    by_token = config.train.method == "policy_gradient" and config.policy_gradient.credit == "token"
+    return config.token_reward if by_token else None
 
 
 def _check_start(directory: Path, config: RunConfig, identity: Mapping[str, Any]) -> None:
@@ -165,11 +178,13 @@ def _samplers(
         adapter=config.policy.adapter,
         parallel=config.train.parallel,
     )
-    prices = {} if cost is None else {"cost_dir": str(cost), "cost_model": config.cost_model}
+    more: dict[str, Any] = {"token_reward": _token_reward(config)}
+    if cost is not None:
+        more |= {"cost_dir": str(cost), "cost_model": config.cost_model}
     scorer = (
         ray.remote(ResponseScorer)
         .options(num_cpus=sampler.scorer_cpus, num_gpus=sampler.scorer_gpus)
-        .remote(model, reward, layers, config.robust, options, config.reward_model, **prices)
+        .remote(model, reward, layers, config.robust, options, config.reward_model, **more)
     )
     pool: SamplerPool | None = None
     try:

@@ -4,6 +4,9 @@ The reward is the one that re-ranks stored pairs: what was fitted on all trainin
 the end of the response, and the rule that makes one number of its members. A response that the length limit cut, or
 another stop token ended, is closed with the end-of-response token for reward and cost, as stored responses are; the
 log-probabilities are those of its own tokens. A cost model, where the run has one, reads the same states.
+
+Rewards of tokens are the mean over members. The rule over members is of responses: what it takes off the mean of a
+response's score comes off its last token. Taken off every token it would be a price for length.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raylign.config import CostModelSection, RewardModelSection, RobustSection
+from raylign.config import CostModelSection, RewardModelSection, RobustSection, TokenRewardSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.runtime.robust import robust_rewards
 from raylign.types import Rollout, ScoredRollout
@@ -37,6 +40,7 @@ class ResponseScorer:
         reward_model: which classifier, for a reward of texts.
         cost_dir: of the cost phase; None leaves responses without a cost.
         cost_model: which classifier, for a cost of texts.
+        token_reward: credit of tokens, for a reward of tokens; None leaves responses without rewards of tokens.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ResponseScorer:
         reward_model: RewardModelSection | None = None,
         cost_dir: str | None = None,
         cost_model: CostModelSection | None = None,
+        token_reward: TokenRewardSection | None = None,
     ) -> None:
         import torch
 
@@ -56,7 +61,7 @@ class ResponseScorer:
         from raylign.models.loading import load_tokenizer, resolve_layout
         from raylign.models.numerics import actor_device, load_reference
         from raylign.runtime.cost_scorer import load_response_cost
-        from raylign.runtime.reward_scorer import load_response_reward
+        from raylign.runtime.reward_scorer import TokensReward, load_response_reward
 
         if not options.num_gpus:
             torch.set_num_threads(max(1, int(options.num_cpus)))
@@ -64,8 +69,18 @@ class ResponseScorer:
         tokenizer = load_tokenizer(model_path, trust_remote_code=options.trust_remote_code)
         self._forward = load_reference(model_path, options.policy, device, parallel=options.parallel)
         self._reward = load_response_reward(
-            model_path, reward_dir, layers, device, reward_model=reward_model or RewardModelSection(), options=options
+            model_path,
+            reward_dir,
+            layers,
+            device,
+            reward_model=reward_model or RewardModelSection(),
+            options=options,
+            token_reward=token_reward,
         )
+        self._tokens: TokensReward | None = None
+        if token_reward is not None:
+            assert isinstance(self._reward, TokensReward)  # the driver has refused other rewards
+            self._tokens = self._reward
         self._cost = None
         if cost_dir is not None:
             self._cost = load_response_cost(
@@ -100,6 +115,7 @@ class ResponseScorer:
             of_cost = self._states_for(self._cost.layers, found.states)
             costs = self._cost(prompts, closed, of_cost).double().numpy()
         rewards = robust_rewards(belief, self._robust).double().numpy()
+        tokens = self._token_rewards(prompts, responses, rewards - belief.mean.double().numpy())
         variances = belief.variance.double().numpy()
         members = belief.head_rewards.float().numpy()
         scales = None if belief.head_scales is None else belief.head_scales.float().numpy()
@@ -110,11 +126,23 @@ class ResponseScorer:
                 reward_variance=float(variances[row]),
                 reference_token_logps=logps[: len(rollout.response_ids)].copy(),
                 cost=float(costs[row]),
+                token_rewards=tokens[row],
                 head_rewards=members[row].copy() if belief.num_heads > 1 else None,
                 head_scales=None if scales is None else scales[row].copy(),
             )
             for row, (rollout, logps) in enumerate(zip(rollouts, found.token_logps, strict=True))
         ]
+
+    def _token_rewards(
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], at_end: np.ndarray
+    ) -> Sequence[np.ndarray | None]:
+        """Rewards of the responses' own tokens, with `at_end` (n,) added to the last ones; None where not asked for."""
+        if self._tokens is None:
+            return [None] * len(responses)
+        found = self._tokens.token_rewards(prompts, responses)
+        for rewards, added in zip(found, at_end, strict=True):
+            rewards[-1] += added
+        return found
 
     def _forward_of(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> ScoredResponses:
         from raylign.evaluation.scoring import score_responses

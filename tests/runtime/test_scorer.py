@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raylign.config import CostModelSection, RobustSection
+from raylign.config import CostModelSection, RobustSection, TokenRewardSection
 from raylign.cost.ledger import peak_device_mib, peak_rss_mib
 from raylign.data.tokenization import end_of_response_id
 from raylign.evaluation.generation import encode_prompt
@@ -22,6 +22,8 @@ from raylign.evaluation.scoring import RewardScorer, StatesReward
 from raylign.models.loading import load_config, load_tokenizer, resolve_layout, resolve_model
 from raylign.models.numerics import load_reference
 from raylign.rewards.hybrid import HybridReward
+from raylign.rewards.posterior import ensemble_posterior
+from raylign.runtime import reward_scorer
 from raylign.runtime.cost_scorer import make_cost_scorer
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.fitted_cost import FittedCost
@@ -272,3 +274,39 @@ def test_an_external_classifier_prices_as_the_judge_does(reward_dir, tmp_path, m
     expected = SafetyJudge("embedded").cost([QUESTIONS[question] for question, _ in pairs], [a for _, a in pairs])
     assert smallest_gap(expected) > 1e-3
     np.testing.assert_allclose([item.cost for item in found], expected, rtol=0, atol=1e-3)
+
+
+class TokenLengths:
+    """A reward of tokens of two members: every token earns .25, a response its length and twice that."""
+
+    def posterior(self, prompt_ids, response_ids):
+        lengths = torch.tensor([float(len(ids)) for ids in response_ids])
+        return ensemble_posterior(torch.stack([lengths, 2 * lengths], 1))
+
+    def token_rewards(self, prompt_ids, response_ids, **_):
+        return [np.full(len(ids), 0.25, np.float32) for ids in response_ids]
+
+
+def test_rewards_of_tokens_are_those_of_the_sampled_ones_and_the_rule_acts_at_the_end(
+    monkeypatch, make_rollout, reward_dir
+):
+    """Of a cut response the closing token counts for the score, whose minimum over members is half a length lower."""
+    monkeypatch.setattr(
+        reward_scorer, "load_response_reward", lambda *_, **__: reward_scorer.TokensReward(TokenLengths())
+    )
+    options = ActorOptions(dtype="float32", num_cpus=torch.get_num_threads())
+    rollouts = odd_groups(make_rollout)
+    for rule, share in (("mean", 0.0), ("min", 0.5)):
+        for credit in (None, TokenRewardSection()):
+            scorer = ResponseScorer(MODEL, reward_dir, LAYERS, RobustSection(rule=rule), options, token_reward=credit)
+            for rollout, item in zip(rollouts, scorer.score(rollouts), strict=True):
+                length = len(rollout.response_ids)
+                closed = length + (not rollout.reached_end)
+                assert item.reward == pytest.approx(closed * (1.5 - share))
+                if credit is None:
+                    assert item.token_rewards is None
+                    continue
+                expected = np.full(length, 0.25, np.float32)
+                expected[-1] -= share * closed
+                np.testing.assert_allclose(item.token_rewards, expected, rtol=0, atol=1e-6)
+                assert item.token_rewards.dtype == np.float32 and item.token_rewards.flags.owndata
