@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from docs_pages import (
     LOADERS,
@@ -19,6 +21,7 @@ from docs_pages import (
 
 from launch.cli import CONFIGS
 from launch.reference_config import FILES
+from raylign.data.schema import parse_row
 
 # the pages in docs/reference are written from the code, see tests/launch/test_reference.py
 PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -114,3 +117,10 @@ def test_what_exists_is_left_alone(text):
 def test_shipped_files_are_named_somewhere():
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES.values())
     assert not {path.name for path in CONFIGS.glob("*.yaml") if path.name not in text}
+
+
+def test_example_rows_are_read():
+    blocks = [block.text for block in fenced(PAGES["data.md"].read_text(encoding="utf-8")) if block.language == "json"]
+    pairs = [parse_row(json.loads(line)) for line in "".join(blocks).splitlines()]
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {("Hello!", "Go away.")}
+    assert [len(pair.prompt) for pair in pairs] == [1, 1, 1, 2]
