@@ -1,7 +1,8 @@
 """Held-out accuracy and calibration of any reward kind on any pairs, by the phases of a run up to ranking.
 
     python -m tests.benchmarks.reward_quality --kinds hybrid lora_ensemble warm --output runs/quality
-    python -m tests.benchmarks.reward_quality --data pairs.jsonl.gz --kinds external
+    python -m tests.benchmarks.reward_quality --kinds external --cost-classifier raylign/assets/tiny_judge --label unsafe
+    python -m tests.benchmarks.reward_quality --kinds warm --set data.path=pairs.jsonl.gz data.test_fraction=0.25
 
 Ingest and features are done once per data set and seed. Fine-tuned rewards are fitted with reward.folds=1: the numbers
 are of test pairs, which no fit sees, and the temperature is of validation pairs, so that folds would only cost time.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,15 +27,18 @@ from raylign.models.loading import resolve_model
 from raylign.runtime.run_phases import open_phases
 
 
-def outcome(data: str, kind: str, seed: int, storage: Path, overrides: list[str]) -> tuple[FitOutcome, list[str]]:
+def outcome(
+    kind: str, seed: int, storage: Path, external: dict[str, Any], overrides: list[str]
+) -> tuple[FitOutcome, list[str]]:
     """Margins of the test pairs by one kind with one seed, and the prompts of these pairs."""
-    values = {
+    values: dict[str, Any] = {
         "run": {"name": f"{kind}-seed{seed}", "storage": str(storage), "seed": seed, "resume": True},
-        "data": {"path": data},
         "reward": {"kind": kind} | ({"folds": 1} if kind in TEXT_REWARDS and kind != "external" else {}),
         "confidence": {"squash": "none"},
     }
-    config = load_config(overrides=overrides if kind == "external" else [], values=values)
+    if kind == "external":
+        values["reward_model"] = external
+    config = load_config(overrides=overrides, values=values)
     phases = open_phases(config, resolve_model(config.policy.model))
     ingest, facts = phases.ingest()
     features, digest = phases.features(ingest, facts["fingerprint"])
@@ -70,17 +75,18 @@ def row(kind: str, noisy: NoisyQuality, num_pairs: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="embedded")
     parser.add_argument("--kinds", nargs="+", default=["hybrid", "ensemble", "brme", "laplace"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", type=Path, default=Path("runs/reward-quality"))
-    parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="keys of reward.kind=external")
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="section.key=value of every run")
+    parser.add_argument("--cost-classifier", help="directory, for reward.kind=external")
+    parser.add_argument("--label", help="its output that means unsafe")
     arguments = parser.parse_args()
     ray.init(address="local", log_to_driver=False, include_dashboard=False)
-    storage = arguments.output / Path(arguments.data).name
+    external = {"model": arguments.cost_classifier, "label": arguments.label, "is_cost": True}
     lines = []
     for kind in arguments.kinds:
-        found = [outcome(arguments.data, kind, seed, storage, arguments.overrides) for seed in arguments.seeds]
+        found = [outcome(kind, seed, arguments.output, external, arguments.overrides) for seed in arguments.seeds]
         outcomes, groups = [one for one, _ in found], found[0][1]
         for one in outcomes:
             if one.warnings:
