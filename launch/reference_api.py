@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import raylign
@@ -16,6 +17,10 @@ _API = """# Python API
 What `import raylign` offers; the names are imported on first use, so that the import itself loads neither torch nor
 Ray. Nothing here starts Ray. The [configuration keys](config.md) that a call takes as options are those of the section
 it names; mistakes raise a [named error](errors.md).
+"""
+_RESULTS = """## What they return
+
+Beside Ray's own `ray.data.Dataset` and `ray.train.Result`.
 """
 _ERRORS = """# Errors
 
@@ -28,9 +33,34 @@ _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Yields|Source|Definitio
 
 
 def api_page() -> str:
-    """Markdown of every public name, in the order of the module."""
-    parts = [_API, *(_entry(name, definition(module, name)) for name, module in raylign._LAZY.items())]
+    """Markdown of every public name, in the order of the module, and of the types that the functions return."""
+    parts, returned = [_API], dict[str, ast.ClassDef]()
+    for name, module in raylign._LAZY.items():
+        node = definition(module, name)
+        parts.append(_entry(name, node))
+        if isinstance(node, ast.FunctionDef) and node.returns:
+            returned |= _own_types(module, node.returns)
+    parts += [_RESULTS, *(_type_entry(node, returned.keys()) for node in returned.values())]
     return "\n\n".join(part.strip() for part in parts)
+
+
+def _own_types(module: str, annotation: ast.expr) -> dict[str, ast.ClassDef]:
+    """Classes of raylign in an annotation that have no entry of their own, each after those that it inherits from."""
+    tree = _source(module)
+    homes = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    found: dict[str, ast.ClassDef] = {}
+    for named in ast.walk(annotation):
+        if isinstance(named, ast.Name) and named.id not in raylign._LAZY:
+            home = homes.get(named.id) or module
+            if home.split(".")[0] == "raylign" and _defines(home, named.id):
+                node = definition(home, named.id)
+                assert isinstance(node, ast.ClassDef), f"{named.id} of {home} is an annotation and no class"
+                for base in node.bases:
+                    found |= _own_types(home, base)
+                found[named.id] = node
+    return found
 
 
 def errors_page() -> str:
@@ -53,6 +83,10 @@ def _source(module: str) -> ast.Module:
     return ast.parse(Path(found.origin).read_text(encoding="utf-8"))
 
 
+def _defines(module: str, name: str) -> bool:
+    return any(isinstance(node, ast.ClassDef) and node.name == name for node in _source(module).body)
+
+
 def definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
     """Where the source of a module defines a name.
 
@@ -67,9 +101,14 @@ def definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
 
 def _entry(name: str, node: ast.FunctionDef | ast.ClassDef) -> str:
     docstring = markdown(ast.get_docstring(node) or "")
-    if isinstance(node, ast.ClassDef):
-        return f"## {name}\n\n{docstring}"
-    return f"## {name}\n\n```python\n{signature(node)}\n```\n\n{docstring}"
+    call = f"```python\n{signature(node)}\n```\n\n" if isinstance(node, ast.FunctionDef) else ""
+    return f"## {name}\n\n{call}{docstring}"
+
+
+def _type_entry(node: ast.ClassDef, shown: Collection[str]) -> str:
+    bases = [code(base.id) for base in node.bases if isinstance(base, ast.Name) and base.id in shown]
+    inherited = f"\n\nAlso the attributes of {', '.join(bases)}." if bases else ""
+    return f"### {node.name}\n\n{markdown(ast.get_docstring(node) or '')}{inherited}"
 
 
 def signature(node: ast.FunctionDef) -> str:

@@ -10,11 +10,13 @@ import click
 import pytest
 from pydantic import BaseModel, Field
 
+import raylign
 from launch import reference
 from launch.cli import CONFIGS, main
-from launch.reference_api import markdown, signature
+from launch.reference_api import api_page, errors_page, markdown, signature
 from launch.reference_cli import command_entry, commands
 from launch.reference_config import FILES, SPACES, config_page, describe, shipped_page, table
+from raylign import errors
 from raylign.config import RunConfig, known_keys
 
 
@@ -164,3 +166,21 @@ def test_google_docstrings_become_lists():
         "Sum up.\n\n**Args**\n\n- `a`: first, over two lines.\n- `b`: second.\n\n**Returns**\n\nThe sum.\n\n"
         "**Source**\n\nsomeone."
     )
+
+
+def test_api_page_has_every_public_name_and_what_functions_return():
+    page = api_page()
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert [name for name in raylign.__all__ if name != "__version__" and f"## {name}" not in headings] == []
+    assert headings.index("### RewardFacts") < headings.index("### FittedReward")
+    assert "Also the attributes of `RewardFacts`." in page
+    assert "### Section" not in headings
+    assert len(set(headings)) == len(headings)
+
+
+def test_errors_page_follows_the_tree():
+    rows = {line.split("`")[1]: line for line in errors_page().splitlines() if line.startswith("| `")}
+    names = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert rows.keys() == names
+    assert "| 2 |" in rows["ConfigError"]
+    assert "| 1 |" in rows["SamplerError"]
