@@ -163,6 +163,34 @@ def calibrate(path: str, overrides: tuple[str, ...], verbose: bool) -> None:
 
 
 @main.command()
+@click.option(
+    "--space", required=True, metavar="SPACE", help="YAML file of axes, or a shipped space, see tuning/spaces."
+)
+@click.option("--config", "path", metavar="FILE", help="YAML file, or the name of a shipped one (see launch/configs).")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--resume", is_flag=True, help="Continue a sweep that was killed or stopped; finished trials are kept.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the points, and stop.")
+@click.option("--verbose", is_flag=True, help="Show Ray's own progress and the output of its workers.")
+def sweep(space: str, path: str | None, overrides: tuple[str, ...], resume: bool, dry_run: bool, verbose: bool) -> None:
+    """Search a space of config keys: features once, cheap axes without training, trainings by Ray Tune."""
+    from tuning.sweep_config import load_sweep, point_name
+
+    found = load_sweep(space, None if path is None else shipped(path), overrides, is_resumed=resume)
+    if dry_run:
+        lines = [point_name(keys) for keys in found.points] or ["found by Optuna as it goes"]
+        click.echo("\n".join([f"{len(found.points)} points x {len(found.sweep.seeds)} seed(s)", *lines]))
+        return
+    connect(verbose)
+    from tuning.report import write_sweep
+    from tuning.run import run_sweep
+
+    written = write_sweep(run_sweep(found), found.directory)
+    click.echo(written.text)
+    click.echo(f"checkpoint  {written.best or 'none: no point has finished with all of its seeds'}")
+    click.echo(f"report      {written.html}")
+
+
+@main.command()
 @config_options
 def check(path: str | None, overrides: tuple[str, ...], print_config: bool) -> None:
     """Validate a configuration, the data path and the model directory without starting Ray.

@@ -32,6 +32,7 @@ from tuning.search_space import PointKeys, Space, corner_points, grid_points, ra
 TRIALS = "trials"
 _SHARED = ("run", "policy", "data", "features", "cost_model", "evaluate", "resources", "tracking", "cost")
 _SECTION = "sweep"
+_NOT_MEASURED = (*DRIFT_KEYS, "constraint_samples")
 _MAX_NAME = 80
 
 
@@ -55,6 +56,9 @@ class SweepSection(Section):
     mode: Literal["max", "min"] = Field("max", description="which values of the metric are good")
     grace_steps: int = Field(5, ge=1, description="updates before asha may stop a trial")
     reduction_factor: float = Field(3.0, gt=1, description="asha keeps about one of so many trials at every rung")
+    target: float = Field(
+        0.2, ge=0, le=1, description="violation rate on harmful prompts that the exported point should not exceed"
+    )
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; default: as many as fit the cluster")
 
 
@@ -136,6 +140,16 @@ class Sweep:
             raise ConfigError(f"space {self.space.name}, point {_shown(keys)}: {error}") from None
         return Trial(point=name, keys=keys, seed=seed, config=config)
 
+    def trial_of(self, config: Mapping[str, Any]) -> Trial:
+        """The trial that Ray Tune's configuration of it names; one that Optuna found has no seed of its own."""
+        content = config.get("trial", config)
+        return self.trial(content["keys"], content.get("seed", self.sweep.seeds[0]))
+
+    @property
+    def checked_points(self) -> tuple[PointKeys, ...]:
+        """All points, or for a search that finds them as it goes, what shows the ends of every axis."""
+        return self.points or tuple(corner_points(self.space.axes))
+
     @property
     def trials(self) -> tuple[Trial, ...]:
         """All that are known before the search starts; seeds outermost."""
@@ -169,15 +183,14 @@ def load_sweep(
     settings = _settings(merged.pop(_SECTION, {}))
     for axis in found.axes:
         _check_axis(found, axis.key, merged)
+    place = load_config(values={"run": merged.get("run", {})})
     points: tuple[PointKeys, ...] = ()
     if settings.search == "grid":
         points = tuple(grid_points(found.axes))
     elif settings.search == "random":
-        seed = int(merged.get("run", {}).get("seed", RunConfig().run.seed))
-        points = tuple(random_points(found.axes, num=settings.num_samples, seed=seed))
-    draft = Sweep(base=RunConfig(), sweep=settings, space=found, values=merged, points=points)
-    looked_at = points or tuple(corner_points(found.axes))
-    trials = [draft.trial(keys, settings.seeds[0]) for keys in looked_at]
+        points = tuple(random_points(found.axes, num=settings.num_samples, seed=place.run.seed))
+    draft = Sweep(base=place, sweep=settings, space=found, values=merged, points=points)
+    trials = [draft.trial(keys, settings.seeds[0]) for keys in draft.checked_points]
     check_differ([(trial.keys, trial.config) for trial in trials], where=f"space {found.name}")
     _check_read(merged, trials)
     return Sweep(base=_base_config(merged, trials), sweep=settings, space=found, values=merged, points=points)
@@ -257,9 +270,9 @@ def _check_read(merged: Mapping[str, Any], trials: Sequence[Trial]) -> None:
                     f"{key} is swept, but train.method=offline never maximises the reward that it makes; use "
                     "train.method=policy_gradient or online_dpo, or raylign calibrate, which compares rules"
                 )
-    for name in DRIFT_KEYS:
+    for name in _NOT_MEASURED:
         if name in merged.get("evaluate", {}):
-            raise ConfigError(f"evaluate.{name} is set but a sweep measures no drift; remove it")
+            raise ConfigError(f"evaluate.{name} is set but a sweep does not measure that; remove it")
     for section, content in merged.items():
         for name in content:
             if all(f"{section}.{name}" in idle_keys(trial.config) for trial in trials):

@@ -1,0 +1,289 @@
+"""`raylign sweep`, `python -m tuning.run`: shared phases once, cheap axes on cached states, trainings by Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from raylign.config import RunConfig, check_devices, needs_cost
+from raylign.errors import MissingDependencyError, OutputExistsError, TrainingError
+from raylign.models.loading import resolve_model
+from raylign.runtime.check import check_packages
+from raylign.runtime.features_job import read_features
+from raylign.runtime.pair_states import read_states
+from raylign.runtime.phases import digest, renamed, write_json
+from raylign.runtime.progress import phase_line
+from raylign.runtime.run_phases import Phases, check_demand, open_phases
+from tuning.collect import REWARDS, SHARED, collect, evaluate_seed
+from tuning.concurrency import trials_at_once
+from tuning.grid import ScreenData, Screened, can_screen, cheap_part, survivors, timed_screen
+from tuning.result import SweepResult
+from tuning.search_space import Axis, PointKeys
+from tuning.sweep_config import Sweep, SweepSection, Trial, check_differ
+from tuning.trial import (
+    IS_DONE,
+    REWARD_SECTIONS,
+    STOPPED_FILE,
+    TRIAL_FILE,
+    SharedPhases,
+    TuneTrial,
+    is_trained,
+    reward_group,
+    stopped_at,
+    stored_config,
+)
+
+TUNE = "tune"
+_TRIAL_MEMORY = 2**29  # what Tune books for a trial's own process; the training reserves its devices itself
+_NO_LIMIT = 10**9  # updates; a trial ends by itself
+_SCREEN_TIMEOUT_S = 3600.0
+
+
+def run_sweep(sweep: Sweep) -> SweepResult:
+    """Run what has not been run yet, and collect the results; Ray must be initialised.
+
+    Everything is written below `<run.storage>/<run.name>`: `shared/` with the phases that all trials read, `rewards/`
+    with every distinct reward, and one run directory per trial below `trials/`. A killed sweep goes on with
+    run.resume=true: what is finished is kept, what was stopped stays stopped, what was at work continues from its
+    newest checkpoint.
+
+    Raises:
+        RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
+    """
+    base, directory = sweep.base, sweep.directory
+    if directory.exists() and any(directory.iterdir()) and not base.run.resume:
+        raise OutputExistsError(f"{directory} is in use; continue it with --resume or choose another run.name")
+    trials = sweep.trials or tuple(sweep.trial(keys, sweep.sweep.seeds[0]) for keys in sweep.checked_points)
+    for config in (base, *(trial.config for trial in trials)):
+        check_devices(config)
+        check_packages(config)
+        check_demand(config)
+    if sweep.sweep.search == "optuna":
+        _check_optuna()
+    num_concurrent = trials_at_once(
+        [trial.config for trial in trials],
+        [node["Resources"] for node in ray.nodes() if node["Alive"]],
+        limit=sweep.sweep.max_concurrent,
+    )
+    model = resolve_model(base.policy.model)
+    shared = open_phases(renamed(base, storage=directory, name=SHARED), model)
+    ingest, ingest_facts = shared.ingest()
+    features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
+    rows, screen_s = _screen(shared, sweep, features, features_digest)
+    points = _kept(sweep, rows)
+    planned = [sweep.trial(keys, seed) for seed in sweep.sweep.seeds for keys in points]
+    rewards = {
+        reward_group(config): _reward(sweep, config, features, features_digest, model)
+        for config in {reward_group(config): config for config in (base, *(trial.config for trial in planned))}.values()
+    }
+    has_costs = any(needs_cost(trial.config) for trial in trials)
+    for_trials = SharedPhases(
+        model=model,
+        ingest=ingest,
+        fingerprint=ingest_facts["fingerprint"],
+        features=features,
+        features_digest=features_digest,
+        rewards=rewards,
+        cost=shared.cost(features, features_digest) if has_costs else None,
+    )
+    started = _train(sweep, planned, for_trials, num_concurrent)
+    finished = [trial for trial in started if is_trained(trial.directory)]
+    yardstick, yardstick_key = rewards[reward_group(base)]
+    answers = {
+        seed: evaluate_seed(shared, sweep, seed, finished, yardstick, yardstick_key) for seed in sweep.sweep.seeds
+    }
+    return collect(sweep, started, answers, screened=rows, screen_s=screen_s, num_concurrent=num_concurrent)
+
+
+def _screen(shared: Phases, sweep: Sweep, features: Path, features_digest: str) -> tuple[tuple[Screened, ...], float]:
+    """Cheap settings, judged on cached states in one task; nothing when no axis is cheap."""
+    settings = cheap_settings(sweep)
+    if not settings:
+        return (), 0.0
+    key = {
+        "features": features_digest,
+        "settings": [dict(keys) for keys, _ in settings],
+        "configs": [
+            {section: getattr(config, section).model_dump() for section in (*REWARD_SECTIONS, "confidence")}
+            for _, config in settings
+        ],
+        "replicates": sweep.sweep.replicates,
+        "seed": sweep.base.run.seed,
+    }
+
+    def work(_: Path) -> dict[str, Any]:
+        states = read_states(read_features(features), max_pairs=sweep.base.reward.max_pairs)
+        task = ray.remote(timed_screen).options(num_cpus=1)
+        ref = task.remote(ScreenData.of(states), settings, sweep.sweep.replicates)
+        rows, seconds = ray.get(ref, timeout=_SCREEN_TIMEOUT_S)
+        return {"rows": rows, "seconds": seconds}
+
+    shared.run.devices = {**shared.run.devices, "screen": {"cpu": 1.0}}
+    _, facts = shared.run.phase("screen", key, work)
+    return tuple(Screened.from_plain(row) for row in facts["rows"]), facts["seconds"]
+
+
+def cheap_settings(sweep: Sweep) -> list[tuple[PointKeys, RunConfig]]:
+    """Distinct cheap parts of the points, each with a configuration that has it and the seed of the sweep."""
+    found: dict[str, tuple[PointKeys, RunConfig]] = {}
+    for keys in sweep.points:
+        part = cheap_part(keys)
+        config = sweep.trial(keys, sweep.base.run.seed).config
+        if part and can_screen(config):
+            found.setdefault(repr(part), (part, config))
+    return list(found.values()) if len(found) > 1 else []
+
+
+def _kept(sweep: Sweep, rows: Sequence[Screened]) -> list[PointKeys]:
+    """Points to train: all, or those whose cheap part is among the best."""
+    if sweep.sweep.keep is None or not rows:
+        return list(sweep.points)
+    kept = survivors(rows, keep=sweep.sweep.keep, metric=sweep.sweep.screen_metric)
+    points = [keys for keys in sweep.points if cheap_part(keys) in kept]
+    phase_line("screen", f"{len(points)} of {len(sweep.points)} points are trained (sweep.keep={sweep.sweep.keep})")
+    return points
+
+
+def _reward(sweep: Sweep, config: RunConfig, features: Path, features_digest: str, model: str) -> tuple[Path, str]:
+    """The fitted reward of all points that agree in it, and its key; confidence is no part of the fit."""
+    own = sweep.base.model_copy(update={section: getattr(config, section) for section in REWARD_SECTIONS})
+    phases = open_phases(renamed(own, storage=sweep.directory / REWARDS, name=reward_group(config)), model)
+    reward, facts = phases.reward(features, features_digest)
+    return reward, digest([features_digest, facts])
+
+
+def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_concurrent: int) -> list[Trial]:
+    """Let Tune run the trials; returns all, finished and stopped.
+
+    Raises:
+        TrainingError: trials failed, or the sweep was interrupted.
+    """
+    shutil.rmtree(sweep.directory / TUNE, ignore_errors=True)  # Tune's own notes; ours are in the trials
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    settings = sweep.sweep
+    search = _optuna(sweep) if settings.search == "optuna" else None
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(TuneTrial, sweep=sweep, shared=shared),
+            tune.PlacementGroupFactory([{"memory": _TRIAL_MEMORY}]),
+        ),
+        param_space={"keys": {axis.key: _domain(axis) for axis in sweep.space.axes}}
+        if search is not None
+        else {"trial": tune.grid_search([{"keys": dict(trial.keys), "seed": trial.seed} for trial in planned])},
+        tune_config=tune.TuneConfig(
+            metric=settings.metric if search is not None or settings.scheduler == "asha" else None,
+            mode=settings.mode if search is not None or settings.scheduler == "asha" else None,
+            search_alg=search,
+            scheduler=_scheduler(settings),
+            num_samples=settings.num_samples if search is not None else 1,
+            max_concurrent_trials=num_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name=TUNE, storage_path=str(sweep.directory), verbose=0, callbacks=[TrialLog(sweep)]),
+    )
+    results = tuner.fit()
+    trials = known_trials(sweep) if search is not None else list(planned)
+    failed = [result.error for result in results if result.error is not None]
+    if failed:
+        told = "; ".join(dict.fromkeys(_cause(error) for error in failed))
+        raise TrainingError(
+            f"{len(failed)} of {len(trials)} trials failed ({told}); the others are kept, continue with --resume"
+        )
+    unfinished = [t.name for t in trials if not is_trained(t.directory) and stopped_at(t.directory) is None]
+    if unfinished:
+        raise TrainingError(f"the sweep was interrupted with {len(unfinished)} trials to go; continue with --resume")
+    check_differ(
+        [(t.keys, stored_config(t.directory)) for t in trials if t.seed == settings.seeds[0]],
+        where=str(sweep.directory),
+    )
+    return trials
+
+
+class TrialLog(tune.Callback):  # type: ignore[misc]
+    """Writes down what the scheduler stopped, at once, so that a resumed sweep leaves it stopped.
+
+    Args:
+        sweep: whose trials they are.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune when a trial ends by itself or is stopped."""
+        own, last = self._sweep.trial_of(trial.config), trial.last_result
+        is_done = bool(last.get(IS_DONE))
+        if not is_done:
+            name = self._sweep.sweep.metric
+            write_json(own.directory / STOPPED_FILE, {"step": last["step"], name: last.get(name)})
+        phase_line("trial", f"{own.name} " + ("done" if is_done else f"stopped at update {last['step']}"))
+
+
+def known_trials(sweep: Sweep) -> list[Trial]:
+    """Trials that were started, oldest first."""
+    files = sorted((sweep.directory / "trials").glob(f"*/{TRIAL_FILE}"), key=lambda file: file.stat().st_ctime)
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [sweep.trial(content["keys"], content["seed"]) for content in contents]
+
+
+def _scheduler(settings: SweepSection) -> Any:
+    if settings.scheduler == "none":
+        return None
+    return tune.schedulers.AsyncHyperBandScheduler(
+        time_attr="step",
+        max_t=_NO_LIMIT,
+        grace_period=settings.grace_steps,
+        reduction_factor=settings.reduction_factor,
+        stop_last_trials=False,
+    )
+
+
+def _domain(axis: Axis) -> Any:
+    """An axis in Tune's words."""
+    if axis.kind in ("grid", "choice"):
+        return tune.choice(list(axis.values))
+    low, high = axis.values
+    if axis.kind == "randint":
+        return tune.randint(low, high + 1)  # Tune leaves the upper end out
+    return (tune.uniform if axis.kind == "uniform" else tune.loguniform)(low, high)
+
+
+def _check_optuna() -> None:
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("sweep.search=optuna needs Optuna: pip install 'raylign[sweep]'") from error
+
+
+def _optuna(sweep: Sweep) -> Any:
+    """Optuna's search, which is shown the points of earlier sessions first; these are not trained again."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    earlier = [{f"keys/{key}": value for key, value in trial.keys.items()} for trial in known_trials(sweep)]
+    return OptunaSearch(seed=sweep.base.run.seed, points_to_evaluate=earlier or None)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what a trial failed of, without Ray's wrapping."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m tuning.run`: the same as `raylign sweep`."""
+    from launch.cli import main as raylign
+
+    raylign(["sweep", *(sys.argv[1:] if arguments is None else arguments)], prog_name="raylign")
+
+
+if __name__ == "__main__":
+    main()
