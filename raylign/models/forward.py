@@ -9,7 +9,7 @@ Shape letters as in `raylign.types`: B pairs, L layers, D hidden width, N scored
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,34 +95,43 @@ class PolicyForward(nn.Module):
         Returns:
             Summed log-probabilities with gradient; states detached, float32, (B, len(layers), D).
         """
-        device = batch.input_ids.device
-        autocast = torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
-        with autocast:
+        with self._autocast():
             with _states_at(self.decoder_layers(), layers or (), batch.end_positions) as states:
                 hidden_SD = self._decode(batch)
             logps_N = self._score(hidden_SD, batch)
             values_NH = None
             if self.value_heads is not None:
                 values_NH = self.value_heads(_gather(hidden_SD, batch.score_from)).float()
-        num_pairs = batch.num_pairs
-        logps = segment_sum(logps_N, batch.score_sequence, 2 * num_pairs)
-        lengths = torch.bincount(batch.score_sequence, minlength=2 * num_pairs)
         chosen_states, rejected_states = None, None
         if layers is not None:
             states[self.num_layers] = _gather(hidden_SD, batch.end_positions)
             stacked = torch.stack([states[layer] for layer in layers], dim=1).float()
-            chosen_states, rejected_states = stacked[:num_pairs], stacked[num_pairs:]
+            chosen_states, rejected_states = stacked[: batch.num_pairs], stacked[batch.num_pairs :]
         return PairScores(
-            # clones, because FSDP2 hooks the outputs and hooks on views break under in-place use
-            chosen_logps=logps[:num_pairs].clone(),
-            rejected_logps=logps[num_pairs:].clone(),
-            chosen_lengths=lengths[:num_pairs],
-            rejected_lengths=lengths[num_pairs:],
+            **self._totals(logps_N, batch),
             chosen_states=chosen_states,
             rejected_states=rejected_states,
-            token_logps=logps_N.clone(),
             token_values=values_NH,
         )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision of the forward, where it is wanted."""
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+
+    def _totals(self, logps_N: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        """Fields of `PairScores` that come from the tokens' log-probabilities."""
+        num_pairs = batch.num_pairs
+        logps = segment_sum(logps_N, batch.score_sequence, 2 * num_pairs)
+        lengths = torch.bincount(batch.score_sequence, minlength=2 * num_pairs)
+        return {
+            # clones, because FSDP2 hooks the outputs and hooks on views break under in-place use
+            "chosen_logps": logps[:num_pairs].clone(),
+            "rejected_logps": logps[num_pairs:].clone(),
+            "chosen_lengths": lengths[:num_pairs],
+            "rejected_lengths": lengths[num_pairs:],
+            "token_logps": logps_N.clone(),
+        }
 
     def _decode(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states after the final norm, all rows in one line: (rows * S, D)."""

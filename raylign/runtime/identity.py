@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raylign.config import EMBEDDED, RunConfig, idle_keys
+from raylign.config_effects import AVA
 
 # Settings that may change between a run and its continuation: they move cost and floating-point order, not the method.
 FREE_KEYS = frozenset(
@@ -64,6 +65,8 @@ def method_identity(config: RunConfig) -> dict[str, Any]:
     # keys of sections that the method does not read are idle
     sections = ["policy", "train", "online", "sampler", "policy_gradient", "confidence"]
     sections += ["reward", "brme", "features"] if is_live else []
+    is_variational = config.train.method == "offline" and config.train.objective in AVA
+    sections += ["ava"] if is_variational else []  # a reward model may read the section as well
     sections += ["robust"] if config.train.method != "offline" else []
     # without a constraint its section says nothing, and checkpoints from before there were constraints go on
     sections += ["constraint"] if config.constraint.kind != "none" else []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 
 from raylign.config import RunConfig
+from raylign.config_effects import AVA
 from raylign.cost.ledger import Ledger
 from raylign.errors import RaylignError, TrainingError
 from raylign.runtime.reporter import Reporter
@@ -192,6 +193,7 @@ def build_state(
     from raylign.training.optim import build_optimizer, build_scheduler
     from raylign.training.parallel import distribute
     from raylign.training.state import TrainerState
+    from raylign.training.variational import Variational
 
     train = task.config.train
     policy = load_policy_forward(task, world, checkpoint=checkpoint)
@@ -207,17 +209,30 @@ def build_state(
     scheduler = build_scheduler(
         optimizer, schedule=train.schedule, num_updates=order.num_updates, warmup_fraction=train.warmup_fraction
     )
-    window = MetricWindow(has_confidence=train.objective == "label_confidence")
-    return TrainerState(policy=module, optimizer=optimizer, scheduler=scheduler, window=window, live=live), packing
+    state = TrainerState(
+        policy=module,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        window=MetricWindow(has_confidence=train.objective == "label_confidence"),
+        live=live,
+    )
+    if train.objective == "ava_p" or train.objective == "ava_d":
+        state.variational = Variational(train.objective, task.config.ava, world=world)
+    return state, packing
 
 
 def load_policy_forward(
     task: WorkerTask, world: World, *, checkpoint: Path | None = None, num_values: int = 0
 ) -> PolicyForward:
-    """The policy on the CPU: float32 weights under mixed precision, or a LoRA adapter over weights of compute type."""
+    """The policy on the CPU: float32 weights under mixed precision, or a LoRA adapter over weights of compute type.
+
+    For offline ava_p and ava_d it states rewards of tokens as well.
+    """
     from raylign.models.forward import PolicyForward
     from raylign.models.loading import load_policy, resolve_dtype
     from raylign.models.numerics import compute_type, policy_numerics
+    from raylign.models.token_forward import TokenForm
+    from raylign.models.variational_policy import VariationalPolicy
     from raylign.training.state import POLICY, restore_adapter
 
     policy = task.config.policy
@@ -238,6 +253,10 @@ def load_policy_forward(
     if checkpoint is not None and is_lora:
         restore_adapter(checkpoint, model)
     autocast = resolve_dtype(numerics.autocast) if numerics.autocast else None
+    train, ava = task.config.train, task.config.ava
+    if train.method == "offline" and train.objective in AVA:
+        form = TokenForm(q_from=ava.q_from, logit_scale=ava.logit_scale, sigma_floor=ava.sigma_floor)
+        return VariationalPolicy(model, form=form, seed=task.config.run.seed, autocast_dtype=autocast)
     return PolicyForward(model, autocast_dtype=autocast, num_values=num_values)
 
 

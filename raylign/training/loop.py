@@ -58,6 +58,8 @@ def train_offline(
         while state.update < num_updates:
             costs.begin()
             batch = table.batch(order.batch(state.update))
+            is_last = state.update + 1 == num_updates
+            is_logged = is_last or (state.update + 1) % settings.log_every == 0
             summary = offline_update(
                 state.policy,
                 state.optimizer,
@@ -69,14 +71,14 @@ def train_offline(
                 seed=seed,
                 world=world,
                 live=state.live,
+                variational=state.variational,
+                is_logged=is_logged,
                 costs=costs,
             )
             costs.count(batch.tokens)
             state.window.add(summary)
             epoch = order.epoch_after(state.update)
             state.update += 1
-            is_last = state.update == num_updates
-            is_logged = is_last or state.update % settings.log_every == 0
             is_checkpoint = is_last or state.update % settings.checkpoint_every == 0
             if is_logged or is_checkpoint:
                 costs.end()

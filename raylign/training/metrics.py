@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylign.training.offline import UpdateSummary
+from raylign.training.variational import AVA_COLUMNS, AVA_FACTS, TRUNK_NORM
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ class MetricWindow(SumWindow):
         totals["flips"] = float((columns["confidence"] < 0.5).sum())
         totals |= {"pairs": len(columns["loss"]), "tokens": summary.num_tokens, "slots": summary.num_slots}
         totals |= {"grad_norm": summary.grad_norm, "learning_rate": summary.learning_rate}
-        self._count(totals, num_tokens=summary.num_tokens)
+        self._count(totals | summary.facts, num_tokens=summary.num_tokens)
 
     def record(self, *, step: int, epoch: float) -> dict[str, float]:
         """The record of the window as it stands.
@@ -82,7 +83,8 @@ class MetricWindow(SumWindow):
         Returns:
             Floats by metric name. Means are over pairs, except `grad_norm` and `learning_rate`, which are over
             updates; `confidence/flips` is the share of pairs below one half; `num_tokens` counts since the start of
-            the run. Only the `perf/*` rates depend on the machine.
+            the run. Of `ava/*`, the smallest sigma and the scale of TD errors are means over updates as well, and norms
+            in the trunk are those of the last update. Only the `perf/*` rates depend on the machine.
         """
         sums, pairs = self.sums, self.sums["pairs"]
         values: dict[str, float] = {
@@ -105,4 +107,7 @@ class MetricWindow(SumWindow):
         if self.has_confidence:
             values["confidence/mean"] = sums["confidence"] / pairs
             values["confidence/flips"] = sums["flips"] / pairs
+        over = dict.fromkeys(AVA_COLUMNS, pairs) | dict.fromkeys(AVA_FACTS, sums["updates"])
+        values |= {name: sums[name] / count for name, count in over.items() if name in sums}
+        values |= {name: norm for name, norm in sums.items() if name.startswith(TRUNK_NORM)}
         return values

@@ -11,21 +11,25 @@ Shape letter: B pairs of the update over all workers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from raylign.config import TrainSection
+from raylign.config_effects import AVA
 from raylign.data.packing import MicroBatch
 from raylign.errors import TrainingError
 from raylign.losses import preference
+from raylign.models.variational_policy import VariationalPolicy
 from raylign.training.live_confidence import LiveConfidence
 from raylign.training.micro_batches import Packing
 from raylign.training.optim import trainable
+from raylign.training.parallel import unwrap
 from raylign.training.step import check_finite, clip_gradient, gradient_sync, seeded
 from raylign.training.table import PairBatch
 from raylign.training.update_costs import UpdateCosts
+from raylign.training.variational import AVA_COLUMNS, SMALLEST_SIGMA, Variational
 from raylign.training.world import World
 from raylign.types import PairScores, TokenizedPair
 
@@ -46,11 +50,13 @@ class UpdateSummary:
     """What one update did, the same on every worker.
 
     Attributes:
-        columns: per-pair values by name (`COLUMNS`), each of shape (B,), float64, on the CPU.
+        columns: per-pair values by name (`COLUMNS`, for AVA also `AVA_COLUMNS`), each of shape (B,), float64, on the
+            CPU.
         num_tokens: real tokens of the batch.
         num_slots: token slots computed for them, padding and fillers included.
         grad_norm: norm of the gradient before clipping.
         learning_rate: that the update used.
+        facts: further numbers of the update by metric name.
     """
 
     columns: dict[str, torch.Tensor]
@@ -58,6 +64,7 @@ class UpdateSummary:
     num_slots: int
     grad_norm: float
     learning_rate: float
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 def offline_update(
@@ -72,12 +79,15 @@ def offline_update(
     seed: int,
     world: World | None = None,
     live: LiveConfidence | None = None,
+    variational: Variational | None = None,
+    is_logged: bool = False,
     costs: UpdateCosts | None = None,
 ) -> UpdateSummary:
     """Move the policy by one optimiser step on one batch.
 
     Args:
-        policy: `PolicyForward`, plain or wrapped in DDP or FSDP2; left in training mode.
+        policy: `PolicyForward` (`VariationalPolicy` for ava_p and ava_d), plain or wrapped in DDP or FSDP2; left in
+            training mode.
         optimizer: over the policy's parameters.
         scheduler: stepped once.
         batch: all B pairs, the same on every worker.
@@ -87,38 +97,50 @@ def offline_update(
         seed: of the run.
         world: this worker; None for a single process.
         live: confidence from the policy's current states; None uses the batch's column.
+        variational: objective of ava_p and ava_d, needed by these alone.
+        is_logged: measure also what is too dear for every update; moves no weight.
         costs: records what `live` computes beside the update.
 
     Returns:
         Summary over all workers.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are those before the update.
+        TrainingError: the loss or the gradient is not finite, or the objective lacks what it reads; the weights are
+            those before the update.
     """
     world, costs = world or World(), costs or UpdateCosts()
+    if settings.objective in AVA and not (variational is not None and isinstance(unwrap(policy), VariationalPolicy)):
+        raise TrainingError(
+            f"train.objective={settings.objective} needs a VariationalPolicy and a Variational objective"
+        )
+    names = COLUMNS if variational is None else (*COLUMNS, *AVA_COLUMNS, SMALLEST_SIGMA)
     with seeded(seed, update, world):
         if live is not None:
             with costs.nested("feature_forward"):
                 live.begin_update(policy, batch)
+        if variational is not None:
+            variational.begin_update(policy, batch, packing=packing, is_logged=is_logged)
         policy.train()
         optimizer.zero_grad(set_to_none=True)
-        values = torch.zeros(len(COLUMNS) * batch.num_pairs + _EXTRA_SUMS, dtype=torch.float64, device=world.device)
+        values = torch.zeros(len(names) * batch.num_pairs + _EXTRA_SUMS, dtype=torch.float64, device=world.device)
         micro_batches = packing.plan(batch.tokens, world)
         for position, micro in enumerate(micro_batches):
             with gradient_sync(policy, is_last=position == len(micro_batches) - 1):
                 packed = packing.pack(batch.tokens, micro, world)
                 scores = policy(packed, layers=live.layers if live is not None else None)
-                columns = _pair_values(scores, batch, micro, settings=settings, live=live)
                 weight = batch.weight.to(world.device)[packed.pair_index] * micro.weight
+                columns = _pair_values(scores, batch, micro, settings=settings, live=live)
+                if variational is not None:
+                    columns |= variational.losses(scores, weight, is_filler=not micro.weight)
                 # DDP and FSDP average gradients over workers; the sum is what equals one large batch.
                 loss = (columns["loss"] * weight).sum() * (world.size / batch.num_pairs)
                 loss.backward()
             if micro.weight:
-                _store(values, columns, packed.pair_index, batch.num_pairs)
+                _store(values, [columns[name] for name in names], packed.pair_index)
                 values[-2] += packed.num_real_tokens
             values[-1] += packed.input_ids.numel()
         values = world.sum(values).cpu()
-    columns = dict(zip(COLUMNS, values[:-_EXTRA_SUMS].view(len(COLUMNS), batch.num_pairs), strict=True))
+    columns = dict(zip(names, values[:-_EXTRA_SUMS].view(len(names), batch.num_pairs), strict=True))
     grad_norm = clip_gradient(trainable(policy), settings.max_grad_norm)
     check_finite(columns["loss"], grad_norm, update, learning_rate=settings.learning_rate)
     learning_rate = float(optimizer.param_groups[0]["lr"])
@@ -128,12 +150,14 @@ def offline_update(
     if live is not None:
         with costs.nested("reward_head_update"):
             live.end_update(policy, update)
+    facts = {} if variational is None else variational.end_update(columns.pop(SMALLEST_SIGMA))
     return UpdateSummary(
         columns=columns,
         num_tokens=int(values[-2]),
         num_slots=int(values[-1]),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
+        facts=facts,
     )
 
 
@@ -188,7 +212,7 @@ def supervised_losses(chosen_logps: torch.Tensor, tokens: Sequence[TokenizedPair
 def _pair_values(
     scores: PairScores, batch: PairBatch, micro: MicroBatch, *, settings: TrainSection, live: LiveConfidence | None
 ) -> dict[str, torch.Tensor]:
-    """Values of `COLUMNS` for the pairs of one micro-batch; the loss carries the gradient."""
+    """Values of `COLUMNS` for the pairs of one micro-batch; the loss carries the gradient, and is 0 for AVA."""
     device = scores.chosen_logps.device
     index = torch.tensor(micro.indices, device=device)
     reference_chosen = batch.ref_chosen_logps.to(device)[index]
@@ -200,11 +224,14 @@ def _pair_values(
         confidence = batch.label_confidence.to(device)[index]
     else:
         confidence = None
-    if settings.objective == "sft":
-        loss, scale = supervised_losses(scores.chosen_logps, batch.tokens), 1.0
-    else:
-        loss = pair_losses(margin, confidence, settings=settings)
-        scale = settings.ipo_tau if settings.objective == "ipo" else settings.beta
+    match settings.objective:
+        case "ava_p" | "ava_d":
+            loss, scale = torch.zeros_like(margin), 1.0
+        case "sft":
+            loss, scale = supervised_losses(scores.chosen_logps, batch.tokens), 1.0
+        case objective:
+            loss = pair_losses(margin, confidence, settings=settings)
+            scale = settings.ipo_tau if objective == "ipo" else settings.beta
     return {
         "loss": loss,
         "chosen_logps": scores.chosen_logps.detach(),
@@ -215,6 +242,7 @@ def _pair_values(
     }
 
 
-def _store(values: torch.Tensor, columns: dict[str, torch.Tensor], index: torch.Tensor, num_pairs: int) -> None:
-    rows = values[: len(COLUMNS) * num_pairs].view(len(COLUMNS), num_pairs)
-    rows[:, index] = torch.stack([columns[name].detach() for name in COLUMNS]).double()
+def _store(values: torch.Tensor, columns: Sequence[torch.Tensor], index: torch.Tensor) -> None:
+    """Put the columns of a micro-batch in place of its pairs."""
+    rows = values[:-_EXTRA_SUMS].view(len(columns), -1)
+    rows[:, index] = torch.stack([column.detach().double() for column in columns])

@@ -3,10 +3,11 @@
 A checkpoint is a directory:
 
     policy/                 HF or PEFT directory (safetensors, tokenizer), loadable by plain transformers or peft
+    token_heads/            heads.safetensors of ava_p and ava_d, see `TokenHeads`
     trainer_state/
         state.json          schema, updates done, the settings and data it belongs to, sizes of all files
-        training.pt         optimizer, scheduler, metric window, confidence and value heads, multiplier; read with
-                            weights_only=True
+        training.pt         optimizer, scheduler, metric window, confidence and value heads, multiplier, scale of TD
+                            errors; read with weights_only=True
 
 Weights are stored in the type they are trained in (float32 master weights for full training, float32 adapters), so
 `policy/` alone restores them to the bit. Data order and dropout are functions of (seed, update, rank), so no generator
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,16 +38,21 @@ from torch.distributed.checkpoint.state_dict import (
 
 from raylign.constraints.multipliers import MultiplierState
 from raylign.errors import CheckpointError
+from raylign.models.token_forward import HEADS_FILE
+from raylign.models.variational_policy import VariationalPolicy
 from raylign.training.gradient_metrics import GradientWindow
 from raylign.training.live_confidence import LiveConfidence
 from raylign.training.metrics import MetricWindow
 from raylign.training.parallel import is_sharded, unwrap
+from raylign.training.variational import Variational
 from raylign.training.world import World
 
 SCHEMA = 1
 POLICY = "policy"
 _STATE = "trainer_state"
+TOKEN_HEADS = "token_heads"
 _VALUES = "value_heads."
+_TOKEN_HEADS = f"{TOKEN_HEADS}."
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -62,6 +68,7 @@ class TrainerState:
         live: confidence heads, None when gamma comes from the data.
         update: updates finished; the only cursor into the data.
         multiplier: of a safety constraint, None without one.
+        variational: objective of ava_p and ava_d, None for the others.
     """
 
     policy: nn.Module
@@ -71,6 +78,7 @@ class TrainerState:
     live: LiveConfidence | None = None
     update: int = 0
     multiplier: MultiplierState | None = None
+    variational: Variational | None = None
 
 
 def save_checkpoint(
@@ -97,6 +105,7 @@ def save_checkpoint(
     optimizer_state = get_optimizer_state_dict(state.policy, state.optimizer, options=_FULL)
     weights = full_weights(state.policy) if is_sharded(state.policy) else None
     values = value_weights(state.policy)
+    heads = token_heads(state.policy)
     if world.rank != 0:
         return
     (directory / _STATE).mkdir(parents=True, exist_ok=True)
@@ -107,6 +116,9 @@ def save_checkpoint(
         content = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
         adapter.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(directory / POLICY)
+    if heads is not None:
+        (directory / TOKEN_HEADS).mkdir()
+        save_file(heads, directory / TOKEN_HEADS / HEADS_FILE)
     training = {
         "optimizer": optimizer_state,
         "scheduler": state.scheduler.state_dict(),
@@ -114,6 +126,7 @@ def save_checkpoint(
         "live": None if state.live is None else state.live.state_dict(),
         "values": values,
         "multiplier": None if state.multiplier is None else state.multiplier.state_dict(),
+        "variational": None if state.variational is None else state.variational.state_dict(),
     }
     torch.save(training, directory / _STATE / "training.pt")
     record = {
@@ -188,7 +201,22 @@ def load_training(directory: Path, state: TrainerState) -> None:
     if (multiplier is None) != (state.multiplier is None):
         raise CheckpointError(f"{directory} was made with another constraint.kind; resume with the same setting")
     state.multiplier = None if multiplier is None else MultiplierState.from_state_dict(multiplier)
+    _load_variational(directory, state, training.get("variational"))  # absent from older checkpoints
     state.update = record["update"]
+
+
+def _load_variational(directory: Path, state: TrainerState, saved: Mapping[str, Any] | None) -> None:
+    if (saved is None) != (state.variational is None):
+        raise CheckpointError(f"{directory} was made with another train.objective; resume with the same setting")
+    if state.variational is None or saved is None:
+        return
+    file = directory / TOKEN_HEADS / HEADS_FILE
+    try:
+        heads = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); {_CURE}") from error
+    restore_values(state.policy, {f"{_TOKEN_HEADS}{name}": tensor for name, tensor in heads.items()})
+    state.variational.load_state_dict(dict(saved))
 
 
 def restore_adapter(directory: Path, model: nn.Module) -> None:
@@ -237,8 +265,20 @@ def value_weights(policy: nn.Module) -> dict[str, torch.Tensor] | None:
     return {name: tensor for name, tensor in weights.items() if name.startswith(_VALUES)}
 
 
+def token_heads(policy: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Whole tensors of the heads of tokens on the CPU by their names there, or None; a collective for shards."""
+    if not isinstance(unwrap(policy), VariationalPolicy):
+        return None
+    weights = get_model_state_dict(policy, options=_FULL)
+    return {
+        name.removeprefix(_TOKEN_HEADS): tensor.contiguous()
+        for name, tensor in weights.items()
+        if name.startswith(_TOKEN_HEADS)
+    }
+
+
 def restore_values(policy: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Put saved value heads in place, leaving the model as it is."""
+    """Put saved heads in place, leaving the model as it is."""
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(policy, dict(values), options=options)
 

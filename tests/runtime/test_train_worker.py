@@ -41,6 +41,18 @@ def test_idle_keys_identify_nothing():
     assert not [key for key in method_identity(load_config(overrides=["train.objective=dpo"])) if "confidence." in key]
 
 
+def test_the_variational_section_identifies_its_own_objectives_alone():
+    def found(*overrides):
+        return {k: v for k, v in method_identity(load_config(overrides=overrides)).items() if k.startswith("ava.")}
+
+    first = found("train.objective=ava_p")
+    assert (first["ava.td_weight"], first["ava.cer_weight"]) == (0.5, 1.0)
+    assert found("train.objective=ava_p", "ava.discount=0.9") != first
+    assert "ava.cer_weight" not in found("train.objective=ava_d")
+    assert not found("train.objective=dpo", "reward.kind=ava_p", "ava.discount=0.9")
+    assert not found("train.method=online_dpo", "reward.kind=ava_p")
+
+
 def test_the_whole_identity_adds_what_was_read(tmp_path):
     model = save_tiny_model(tmp_path)
     whole = run_identity(load_config(), model=model, reward=None)
