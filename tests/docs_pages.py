@@ -21,7 +21,7 @@ from pydantic import ValidationError
 import raylign
 from launch.cli import CONFIGS, main
 from launch.reference_api import definition
-from launch.reference_config import FILES
+from launch.reference_config import FILES, SPACES
 from raylign.calibrate_config import load_calibration
 from raylign.compare_config import load_comparison
 from raylign.config import RunConfig, load_config, merge_config
@@ -117,22 +117,27 @@ def _wrong_value(section: str, name: str, value: str = "") -> Iterator[str]:
 
 
 def wrong_yaml(page: str) -> Iterator[str]:
-    """Configurations in YAML blocks that would not load; those of several runs are checked key by key."""
+    """Configurations in YAML blocks that would not load; those of several runs and spaces are checked key by key."""
     for block in fenced(page):
-        if block.language not in ("yaml", "yml"):
-            continue
-        content = yaml.safe_load(block.text)
-        if not isinstance(content, dict) or not content.keys() & SECTIONS.keys():
-            continue  # of Ray or Kubernetes
-        if content.keys() & FILES.keys():
-            for section, values in content.items():
-                for name in values:
-                    yield from _wrong_value(section, name)
-            continue
+        if block.language == "yaml":
+            for content in yaml.safe_load_all(block.text):
+                if isinstance(content, dict):
+                    yield from _wrong_document(content, block.text.splitlines()[0])
+
+
+def _wrong_document(content: dict[str, Any], first_line: str) -> Iterator[str]:
+    for section, dot, name in (str(key).partition(".") for key in content):
+        if dot and section in SECTIONS:  # of a space
+            yield from _wrong_value(section, name)
+    if content.keys() & FILES.keys():
+        for section in content.keys() & SECTIONS.keys():
+            for name in content[section]:
+                yield from _wrong_value(section, name)
+    elif content.keys() & SECTIONS.keys():  # else of Ray or Kubernetes
         try:
             load_config(values=content)
         except ConfigError as error:
-            yield f"{block.text.splitlines()[0]}: {error}"
+            yield f"{first_line}: {error}"
 
 
 def wrong_commands(page: str) -> Iterator[str]:
@@ -147,6 +152,10 @@ def wrong_commands(page: str) -> Iterator[str]:
                 yield f"there is no module {words[2]}"
         elif words[0] == "bash" and words[1].startswith("launch/") and not (ROOT / words[1]).is_file():
             yield f"there is no script {words[1]}"
+
+
+def _is_shipped(name: str) -> bool:
+    return any(path.is_file() for path in (CONFIGS / name, SPACES / name, SPACES / f"{name}.yaml"))
 
 
 def _wrong_raylign(words: list[str]) -> Iterator[str]:
@@ -172,7 +181,7 @@ def _wrong_raylign(words: list[str]) -> Iterator[str]:
         return
     given = [word for word in context.params.get("overrides") or () if word != "..."]
     path = context.params.get("path")
-    if path is not None and not (CONFIGS / path).is_file():  # a file of the reader's
+    if not all(map(_is_shipped, filter(None, (path, context.params.get("space"))))):  # a file of the reader's
         given_keys = [_KEY.fullmatch(word.replace(" ", "")) for word in given]
         for word, found in zip(given, given_keys, strict=True):
             yield from _wrong_value(*found.groups()) if found else [f"{line}: {word} is no key"]

@@ -72,6 +72,7 @@ def test_every_page_is_in_the_table_of_contents():
         (wrong_yaml, "```yaml\ntrain: {betta: 1}\n```", "did you mean train.beta"),
         (wrong_yaml, "```yaml\ntrain: {objective: dpo, ipo_tau: 1}\n```", "no effect"),
         (wrong_yaml, "```yaml\ncompare: {seed: [1]}\n```", "no key compare.seed"),
+        (wrong_yaml, "```yaml\ntrain.betta: {grid: [1]}\n```", "no key train.betta"),
         (wrong_commands, "```bash\nraylign aling\n```", "no command aling"),
         (wrong_commands, "```bash\nraylign data look\n```", "no command look"),
         (wrong_commands, "```bash\nraylign align --fast\n```", "No such option"),
@@ -79,6 +80,7 @@ def test_every_page_is_in_the_table_of_contents():
         (wrong_commands, "```bash\nraylign align --config my.yaml train\n```", "train is no key"),
         (wrong_commands, "```bash\nraylign align \\\n  train.ipo_tau=1  # far\n```", "no effect"),
         (wrong_commands, "```bash\nray job submit -- raylign align train.ipo_tau=1\n```", "no effect"),
+        (wrong_commands, "```bash\nraylign submit -- align train.ipo_tau=1\n```", "no effect"),
         (wrong_commands, "run `raylign compare --config dpo.yaml`", "needs a section compare"),
         (wrong_commands, "```bash\nraylign compare\n```", "Missing option"),
         (wrong_commands, "run `raylign comparee`", "no command comparee"),
@@ -105,13 +107,18 @@ def test_what_does_not_exist_is_found(check, text, words):
         "`train/step_*/policy`, `reward.json`, `raylign.cost.compare`, `constraint/under`, `data.max_prompt_length`",
         "`raylign align ... run.resume=true`, `raylign evaluate CHECKPOINT`, `raylign --version`, `raylign compare`",
         "```bash\nraylign check --config calibrate_tiny.yaml calibrate.seeds=[0]\n```",
-        "```yaml\nkind: RayCluster\n```\n```yaml\n# my.yaml\ntrain: {objective: dpo}\n```",
+        "```yaml\nkind: RayCluster\n---\nkind: Secret\n```\n```yaml\n# my.yaml\ntrain: {objective: dpo}\n```",
         "```python\nfrom raylign.models.averaging import average_policies\nraylign.train(r, name='a', beta=0.1)\n```",
         "`tests/test_docs.py::test_a`, `raylign/constraints/` and my-own.yaml",
     ],
 )
 def test_what_exists_is_left_alone(text):
     assert not [sentence for check in CHECKS.values() for sentence in check(text)]
+
+
+def test_an_anchor_without_a_heading_is_found():
+    page = "[a](data.md#formats) [b](evaluation.md#what-is-reported) [c](math.md#nothing) [d](https://a.b/c#d)"
+    assert list(wrong_anchors(page, ROOT / "docs")) == ["math.md has no heading #nothing"]
 
 
 def test_shipped_files_are_named_somewhere():
