@@ -1,7 +1,7 @@
 """Held-out accuracy and calibration of any reward kind on any pairs, by the phases of a run up to ranking.
 
     python -m tests.benchmarks.reward_quality --kinds hybrid lora_ensemble warm --output runs/quality
-    python -m tests.benchmarks.reward_quality --kinds external --cost-classifier raylign/assets/tiny_judge --label unsafe
+    python -m tests.benchmarks.reward_quality --kinds external --cost-classifier my/judge --label unsafe
     python -m tests.benchmarks.reward_quality --kinds warm --set data.path=pairs.jsonl.gz data.test_fraction=0.25
 
 Ingest and features are done once per data set and seed. Fine-tuned rewards are fitted with reward.folds=1: the numbers
