@@ -19,7 +19,6 @@ html_copy_source = False
 extensions = ["myst_parser"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links such as math.md#policy-gradient, as GitHub has them
-myst_dmath_allow_digits = False  # "$5 and $6" is money
 nitpicky = True
 
 
