@@ -30,8 +30,8 @@ Every key of a configuration file, in the order of its sections. On the command 
 a file it is `key: value` below `section:`, in Python `config={"section": {"key": value}}`. An unknown key is an error
 that names the nearest one; so is a key that the rest of the configuration makes idle.
 
-*Read when* says which keys the defaults do not read, and the first thing to change before they are. `raylign align
---print-config` prints what a configuration resolves to, with the keys that it reads.
+Keys that the defaults do not read say in parentheses what to change first. `raylign align --print-config` prints what a
+configuration resolves to, with the keys that it reads.
 """
 
 
@@ -79,13 +79,11 @@ def _files(directory: Path) -> list[str]:
 def _section(name: str, section: type[BaseModel], idle: Mapping[str, str], *, note: str = "") -> str:
     schema = section.model_json_schema()
     rows = [["key", "value", "default", "what it does"]]
-    if idle:
-        rows[0].append("read when")
-    for key, entry in schema["properties"].items():
-        default = "required" if key in schema.get("required", ()) else code(shown(entry["default"]))
-        rows.append([code(f"{name}.{key}"), describe(entry), default, entry["description"]])
-        if idle:
-            rows[-1].append(_as_code(idle.get(f"{name}.{key}", "")))
+    for field, entry in schema["properties"].items():
+        key = f"{name}.{field}"
+        default = "required" if field in schema.get("required", ()) else code(shown(entry["default"]))
+        cure = f" *({_as_code(idle[key])})*" if key in idle else ""
+        rows.append([code(key), describe(entry), default, entry["description"] + cure])
     return "\n\n".join(filter(None, (f"## {name}", section.__doc__, note, table(rows))))
 
 
