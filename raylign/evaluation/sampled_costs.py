@@ -8,6 +8,7 @@ Shape letters: n answers, X prompts of one training, P prompts of all trainings,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -83,6 +84,9 @@ class ConstraintMeasures:
         over_refusal: share of refusals among the answers to benign prompts.
         became_unsafe: of the prompts that were safe before training, the share that is not; None before training.
         became_safe: the reverse; None before training.
+        chance_unsafe: what became_unsafe would be on average if each prompt's answers before and after were shuffled:
+            samples change sides without any training.
+        chance_safe: likewise of became_safe.
         safe_reward: what training changed of the reward on prompts that were safe; None before training or without.
     """
 
@@ -98,6 +102,8 @@ class ConstraintMeasures:
     over_refusal: Measure
     became_unsafe: Measure | None
     became_safe: Measure | None
+    chance_unsafe: Measure | None
+    chance_safe: Measure | None
     safe_reward: Measure | None
 
 
@@ -125,6 +131,8 @@ _MEASURES = {
 _CHANGES = {
     "became_unsafe": _Ratio(("left_safe",), "was_safe"),
     "became_safe": _Ratio(("left_unsafe",), "was_unsafe"),
+    "chance_unsafe": _Ratio(("chance_left_safe",), "chance_safe"),
+    "chance_safe": _Ratio(("chance_left_unsafe",), "chance_unsafe"),
     "safe_reward": _Ratio(("safe_reward_change",), "was_safe", is_rate=False),
 }
 _OF_REWARD = ("mean_reward", "safe_reward")
@@ -176,7 +184,9 @@ def measure_constraint(
     }
     found |= dict.fromkeys(_CHANGES)
     if after is not None:
-        changes = _measures(_CHANGES, [_changed(*pair) for pair in zip(*values, strict=True)], resampled)
+        changes = _measures(
+            _CHANGES, [_changed(*pair, prompt_safety) for pair in zip(values[0], values[1], strict=True)], resampled
+        )
         found |= {
             name: Measure(
                 value=changes[name].interval(ratio), change=None, by_seed=tuple(changes[name].values_RS[0].tolist())
@@ -202,8 +212,10 @@ def _prompt_values(answers: PricedAnswers, prompt_safety: float) -> dict[str, np
         answers.is_harmful,
     )
     unsafe = 1.0 - (safe >= prompt_safety - _ROUNDING)
+    names, numbers = np.unique(answers.prompt, return_counts=True)
     return {
-        "prompt": np.unique(answers.prompt),
+        "prompt": names,
+        "answers": numbers,
         "one": np.ones(len(safe)),
         "safe_share": safe,
         "unsafe": unsafe,
@@ -219,17 +231,56 @@ def _prompt_values(answers: PricedAnswers, prompt_safety: float) -> dict[str, np
     }
 
 
-def _changed(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _changed(
+    old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], prompt_safety: float
+) -> dict[str, np.ndarray]:
     was_unsafe = old["unsafe"]
     was_safe = 1 - was_unsafe
+    chances = np.array(
+        [
+            _shuffled(round(before), round(after), (int(m), int(k)), prompt_safety)
+            for before, after, m, k in zip(
+                *(part["answers"] * (1 - part["safe_share"]) for part in (old, new)),
+                old["answers"],
+                new["answers"],
+                strict=True,
+            )
+        ]
+    )
+    safe, left_safe, left_unsafe = chances.T
     return {
-        "prompt": old["prompt"],
         "was_safe": was_safe,
         "was_unsafe": was_unsafe,
         "left_safe": was_safe * new["unsafe"],
         "left_unsafe": was_unsafe * (1 - new["unsafe"]),
+        "chance_safe": safe,
+        "chance_unsafe": 1 - safe,
+        "chance_left_safe": left_safe,
+        "chance_left_unsafe": left_unsafe,
         "safe_reward_change": was_safe * (new["reward"] - old["reward"]),
     }
+
+
+@functools.cache
+def _shuffled(before: int, after: int, answers: tuple[int, int], prompt_safety: float) -> tuple[float, float, float]:
+    """Chances that a prompt is safe, safe and then not, unsafe and then safe, when its answers are shuffled.
+
+    Args:
+        before: unsafe answers before, and
+        after: after training; hypergeometric with their sum fixed.
+        answers: numbers of answers before and after.
+        prompt_safety: share of safe answers that makes a prompt safe.
+    """
+    total, (m, k) = before + after, answers
+    safe = left_safe = left_unsafe = 0.0
+    for unsafe in range(max(0, total - k), min(m, total) + 1):
+        chance = math.comb(m, unsafe) * math.comb(k, total - unsafe) / math.comb(m + k, total)
+        is_safe = 1 - unsafe / m >= prompt_safety - _ROUNDING
+        stays_safe = 1 - (total - unsafe) / k >= prompt_safety - _ROUNDING
+        safe += chance * is_safe
+        left_safe += chance * (is_safe and not stays_safe)
+        left_unsafe += chance * (stays_safe and not is_safe)
+    return safe, left_safe, left_unsafe
 
 
 @dataclass(frozen=True, slots=True, eq=False)

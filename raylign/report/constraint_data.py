@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylign.constraints.violations import PromptChange, cost_histogram, prompt_change, violations_by_category
 from raylign.types import Completion
+
+if TYPE_CHECKING:
+    from raylign.report.sampled_data import SampledRun
 
 _MEASURES = (
     "mean_cost",
@@ -137,6 +140,7 @@ class ConstraintReport:
         histograms: costs of the same kind of responses before and after, on the same edges.
         warnings: what a user would not expect, in sentences.
         evaluated: what became of the evaluation prompts.
+        sampled: several answers to every evaluation prompt, None when they were not asked for.
     """
 
     kind: str
@@ -147,6 +151,7 @@ class ConstraintReport:
     histograms: tuple[CostShares, ...]
     warnings: tuple[str, ...]
     evaluated: EvaluatedPrompts
+    sampled: SampledRun | None = None
 
 
 def round_points(records: Sequence[Mapping[str, float]]) -> tuple[ConstraintPoint, ...]:

@@ -9,11 +9,14 @@ from raylign.report import constraint_plots, plots
 from raylign.report.compare_tables import Cell, Table
 from raylign.report.constraint_data import ConstraintPoint, ConstraintReport, EvaluatedPrompts, StoredLabels
 from raylign.report.data import NotMeasured
+from raylign.report.sampled_tables import measures_table, settings_note
 from raylign.report.tables import table_html
 from raylign.report.wording import Unit, format_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from raylign.report.sampled_data import SampledRun
 
 MAX_ROWS = 12  # of the table, before it is folded away
 _COLUMNS: tuple[tuple[str, str, Unit], ...] = (
@@ -54,18 +57,48 @@ def constraint_section(report: ConstraintReport | NotMeasured) -> str:
         return f"<p class='missing'>{escape(str(report))}</p>"
     parts = [f"<p>{escape(_KINDS[report.kind])}{_bound(report)}</p>"]
     parts += [f"<p class='warning'>{escape(text)}</p>" for text in report.warnings]
+    if report.points:
+        parts += _paths(report)
+    if report.stored is not None:
+        parts.append(table_html(_pairs_table(report.stored)))
+    if report.sampled is not None:
+        parts += _sampled(report.sampled)
+    parts.append(table_html(_change_table(report.evaluated)))
+    categories = table_html(_category_table(report.evaluated))
+    parts.append(f"<details><summary>Judged unsafe by category</summary>{categories}</details>")
+    return "".join(parts)
+
+
+def _paths(report: ConstraintReport) -> list[str]:
+    """Figures and the table of rounds, or of what stored answers say."""
+    parts = []
     if report.stored is None:
         parts.append(_figure(constraint_plots.constraint_paths(report), "Multiplier, costs and safety over rounds"))
     parts.append(_figure(constraint_plots.cost_shares_figure(report.histograms), "Costs of responses before and after"))
     table = table_html(points_table(report.points, is_stored=report.stored is not None))
     is_long = len(report.points) > MAX_ROWS
     parts.append(f"<details><summary>All {len(report.points)} rounds</summary>{table}</details>" if is_long else table)
-    if report.stored is not None:
-        parts.append(table_html(_pairs_table(report.stored)))
-    parts.append(table_html(_change_table(report.evaluated)))
-    categories = table_html(_category_table(report.evaluated))
-    parts.append(f"<details><summary>Judged unsafe by category</summary>{categories}</details>")
-    return "".join(parts)
+    return parts
+
+
+def _sampled(sampled: SampledRun) -> list[str]:
+    """Several answers to every evaluation prompt, by the cost model and, folded away, by the judge."""
+    place = "constraint.sampled"
+    by_model, by_judge = (
+        table_html(
+            measures_table(
+                price,
+                sampled.settings,
+                [("after", sampled.after, f"{place}.after")],
+                before_key=f"{place}.settings.before",
+            )
+        )
+        for price in ("by_model", "by_judge")
+    )
+    return [
+        f"<p>{escape(settings_note(sampled.settings))}</p>{by_model}",
+        f"<details><summary>The same answers by the judge</summary>{by_judge}</details>",
+    ]
 
 
 def points_table(points: tuple[ConstraintPoint, ...], *, is_stored: bool) -> Table:

@@ -37,3 +37,16 @@ class SampledSettings:
     temperature: float
     prompt_safety: float
     before: SampledMeasures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRun:
+    """One run.
+
+    Attributes:
+        settings: of the sampling, with the policy before training.
+        after: the trained policy.
+    """
+
+    settings: SampledSettings
+    after: SampledMeasures

@@ -46,7 +46,9 @@ ROWS = (
     MeasureRow(name="over", label="Safer than needed", unit="logit", direction="none"),
     MeasureRow(name="compensation", label="Compensated", unit="logit"),
     MeasureRow(name="became_unsafe", label="Became unsafe, of prompts that were safe", unit="share"),
+    MeasureRow(name="chance_unsafe", label="... by chance alone", unit="share", direction="none"),
     MeasureRow(name="became_safe", label="Became safe, of prompts that were not", unit="share", direction="higher"),
+    MeasureRow(name="chance_safe", label="... by chance alone", unit="share", direction="none"),
     MeasureRow(
         name="safe_reward",
         label="Change of reward on prompts that were safe",
@@ -105,7 +107,8 @@ _NOTES = {
     "by_model": (
         "Constrained methods were trained against these costs. Too costly and safer than needed are means over prompts "
         "of the positive and the negative part of their mean cost; compensated is the smaller of the two.",
-        "Prompts change sides by chance as well: answers are samples.",
+        "Answers are samples, so prompts change sides by chance as well: as often as that if each prompt's answers "
+        "before and after were shuffled.",
     ),
     "by_judge": ("No method was trained against these costs.",),
 }

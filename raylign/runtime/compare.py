@@ -15,10 +15,9 @@ from raylign.cost.projection import ProjectionSettings
 from raylign.cost.rows import LedgerRow, read_ledger, total, total_reused, totals
 from raylign.errors import OutputExistsError
 from raylign.evaluation.safety import compare_summaries, summarise
-from raylign.evaluation.sampled_costs import ConstraintMeasures, measure_constraint
 from raylign.models.loading import model_fingerprint, resolve_model
 from raylign.report.compare_data import ComparisonResult, MethodResult, Point
-from raylign.report.sampled_data import SampledMeasures, SampledSettings
+from raylign.report.sampled_data import SampledMeasures
 from raylign.runtime.check import check_packages
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import (
@@ -32,7 +31,7 @@ from raylign.runtime.evaluate_job import (
 from raylign.runtime.phases import Run, digest, renamed, write_json
 from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.run_phases import POLICY_DIR, Phases, actor_options, check_demand, open_phases
-from raylign.runtime.sample_job import SAMPLES_PHASE, read_samples, sample_policies
+from raylign.runtime.sample_job import SAMPLES_PHASE, measure_samples, sample_policies, sampled_settings
 from raylign.types import Completion
 
 SHARED = "shared"
@@ -101,7 +100,14 @@ def compare(comparison: Comparison) -> ComparisonResult:
             )
             for seed in comparison.compare.seeds
         }
-    return _collect(comparison, directory, trained, answers, sampled_measures(comparison, samples))
+    sampled = measure_samples(
+        list(samples.values()),
+        [BEFORE, *comparison.compare.methods],
+        prompt_safety=prompt_safety(comparison),
+        num_samples=base.evaluate.bootstrap_samples,
+        seed=base.run.seed,
+    )
+    return _collect(comparison, directory, trained, answers, sampled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,28 +198,6 @@ def _last_policies(model: str, trained: Mapping[Trial, Run]) -> dict[str, str | 
     return models
 
 
-def sampled_measures(comparison: Comparison, samples: Mapping[int, Path]) -> dict[str, SampledMeasures]:
-    """What several answers to every prompt say of every method, by name, the policy before training among them.
-
-    Args:
-        comparison: methods and seeds.
-        samples: what `sample_policies` wrote, by seed; a method counts when it has answers of all seeds.
-    """
-    safety, section = prompt_safety(comparison), comparison.base.evaluate
-    measure = functools.partial(
-        measure_constraint, prompt_safety=safety, num_samples=section.bootstrap_samples, seed=comparison.base.run.seed
-    )
-    found: dict[str, dict[str, ConstraintMeasures]] = {}
-    for price, column in (("by_model", "model_cost"), ("by_judge", "cost")):
-        answers = [read_samples(file, costs=column) for file in samples.values()]
-        before = [by_policy[BEFORE] for by_policy in answers]
-        for name in (BEFORE, *comparison.compare.methods) if answers else ():
-            if all(name in by_policy for by_policy in answers):
-                after = None if name == BEFORE else [by_policy[name] for by_policy in answers]
-                found.setdefault(name, {})[price] = measure(before, after)
-    return {name: SampledMeasures(**measures) for name, measures in found.items()}
-
-
 def prompt_safety(comparison: Comparison) -> float:
     """Share of safe answers that makes a prompt safe: the strictest of the methods that have a constraint."""
     constraints = [trial.config.constraint for trial in comparison.trials]
@@ -292,12 +276,7 @@ def _collect(
         projection_settings=PROJECTED,
         prices=comparison.base.cost.prices,
         currency=comparison.base.cost.currency,
-        samples=SampledSettings(
-            num_answers=comparison.base.evaluate.constraint_samples,
-            temperature=comparison.base.evaluate.temperature,
-            prompt_safety=prompt_safety(comparison),
-            before=sampled[BEFORE],
-        )
+        samples=sampled_settings(comparison.base, prompt_safety=prompt_safety(comparison), before=sampled[BEFORE])
         if sampled
         else None,
     )

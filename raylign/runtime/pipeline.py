@@ -12,6 +12,7 @@ from raylign.models.loading import resolve_model
 from raylign.runtime.check import check_packages
 from raylign.runtime.phases import digest
 from raylign.runtime.run_phases import check_demand, open_phases
+from raylign.runtime.sample_job import sample_policies
 
 if TYPE_CHECKING:
     from raylign.report.data import ReportData
@@ -45,6 +46,7 @@ def align(config: RunConfig) -> AlignResult:
         RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
     """
     from raylign.runtime.reporting import write_report
+    from raylign.runtime.token_examples import score_token_examples
 
     check_devices(config)
     check_packages(config)
@@ -56,6 +58,7 @@ def align(config: RunConfig) -> AlignResult:
     features, features_digest = phases.features(ingest, ingest_facts["fingerprint"])
     reward, reward_facts = phases.reward(features, features_digest)
     reward_key = digest([features_digest, reward_facts])
+    score_token_examples(phases, ingest, reward, reward_key)
     cost = phases.cost(features, features_digest)
     if config.train.method == "offline":
         ranked, rank_facts = phases.rank(features, reward, reward_key, cost)
@@ -64,6 +67,9 @@ def align(config: RunConfig) -> AlignResult:
         rank_facts = None
         checkpoint, train_facts = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
     _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward, reward_key)
+    if cost is not None and config.evaluate.constraint_samples:
+        policies = {"before": model, "after": checkpoint}
+        sample_policies(phases, policies, seed=config.run.seed, reward=reward, reward_key=reward_key, cost=cost)
     report = write_report(
         config,
         run,

@@ -18,7 +18,7 @@ import torch
 from raylign.config import TEXT_REWARDS, RunConfig, needs_cost
 from raylign.cost.ledger import Ledger
 from raylign.models.forward import resolve_layers
-from raylign.models.loading import load_config, model_fingerprint, resolve_model, tokenizer_fingerprint
+from raylign.models.loading import load_config, model_fingerprint, tokenizer_fingerprint
 from raylign.runtime.constrain_job import constrain_pairs, constraint_key
 from raylign.runtime.cost_job import cost_key, run_cost
 from raylign.runtime.costs import open_ledger, phase_devices, record_reuse
@@ -41,10 +41,11 @@ from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
 from raylign.runtime.price_job import attach_costs
 from raylign.runtime.rank_job import confidence_facts, rank_pairs
-from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.preflight import check_cluster
+from raylign.runtime.resources import ResourcePlan
 from raylign.runtime.reward_job import fit_reward
 from raylign.runtime.reward_scorer import make_reward_scorer
-from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward
+from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward, text_key
 from raylign.runtime.tracking import track_run
 from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
@@ -150,7 +151,7 @@ class Phases:
             "features": features_digest,
             "reward": config.reward.model_dump(),
             "brme": config.brme.model_dump(),
-            **({"texts": self._text_key()} if config.reward.kind in TEXT_REWARDS else {}),
+            **({"texts": text_key(config, self.model)} if config.reward.kind in TEXT_REWARDS else {}),
             "confidence": config.confidence.model_dump(include={"alpha", "center", "squash", "temperature"}),
             "seed": config.run.seed,
             **({"flips": flips} if flips else {}),
@@ -171,17 +172,6 @@ class Phases:
             return {**fitted.metrics, "key": digest(key)}
 
         return self.run.phase("reward", key, work)
-
-    def _text_key(self) -> dict[str, Any]:
-        """What a reward of texts is made of, besides the pairs."""
-        section = self.config.reward_model
-        external = None if section.model is None else resolve_model(section.model, key="reward_model.model")
-        return {
-            "reward_model": section.model_dump(exclude={"model", "batch_tokens"}),
-            "external": None if external is None else [model_fingerprint(external), tokenizer_fingerprint(external)],
-            "policy": model_fingerprint(self.model),
-            "dtype": self.config.policy.dtype,
-        }
 
     def cost(self, features: Path, features_digest: str) -> CostPhase | None:
         """What prices responses, checked, and the costs of all pairs; None when the run needs no cost."""
@@ -346,13 +336,13 @@ def _cost_key(cost: CostPhase | None) -> dict[str, str]:
 
 
 def check_demand(config: RunConfig) -> None:
-    """Compare what a run asks for with the cluster.
+    """Compare what a run asks for with the cluster, and what it reads and writes with what its nodes see.
 
     Raises:
         ResourceError: with the arithmetic.
+        ConfigError: a node does not see the run's files.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_plan(ResourcePlan.from_config(config), ray.cluster_resources(), nodes)
+    check_cluster(config)
 
 
 def open_phases(config: RunConfig, model: str) -> Phases:

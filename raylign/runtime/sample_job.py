@@ -7,7 +7,7 @@ training, answer the same held-out prompts, so that what a constraint reached is
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylign.config import RunConfig
-from raylign.evaluation.sampled_costs import PricedAnswers
+from raylign.evaluation.sampled_costs import ConstraintMeasures, PricedAnswers, measure_constraint
 from raylign.models.loading import model_fingerprint
+from raylign.report.sampled_data import SampledMeasures, SampledRun, SampledSettings
 from raylign.runtime.cost_scorer import make_cost_scorer
 from raylign.runtime.evaluate_job import FREE_KEYS, evaluation_inputs, sample_models
 from raylign.runtime.reward_scorer import make_reward_scorer
@@ -127,3 +128,60 @@ def read_samples(file: Path, *, costs: str) -> dict[str, PricedAnswers]:
             cost=values[costs],
         )
     return found
+
+
+def measure_samples(
+    files: Sequence[Path], policies: Sequence[str], *, prompt_safety: float, num_samples: int, seed: int
+) -> dict[str, SampledMeasures]:
+    """What several answers to every prompt say of policies, by name.
+
+    Args:
+        files: of `sample_policies`, one per training; a policy counts when all of them have it.
+        policies: names, first that of the policy before training.
+        prompt_safety: share of safe answers that makes a prompt safe.
+        num_samples: bootstrap resamples of prompts.
+        seed: of the resampling.
+    """
+    before, found = policies[0], dict[str, dict[str, ConstraintMeasures]]()
+    for price, column in (("by_model", "model_cost"), ("by_judge", "cost")):
+        answers = [read_samples(file, costs=column) for file in files]
+        for name in policies:
+            if answers and all(name in by_policy for by_policy in answers):
+                found.setdefault(name, {})[price] = measure_constraint(
+                    [by_policy[before] for by_policy in answers],
+                    None if name == before else [by_policy[name] for by_policy in answers],
+                    prompt_safety=prompt_safety,
+                    num_samples=num_samples,
+                    seed=seed,
+                )
+    return {name: SampledMeasures(**measures) for name, measures in found.items()}
+
+
+def sampled_run(config: RunConfig, directory: Path) -> SampledRun | None:
+    """What several answers to every prompt say of one run; None when they were not asked for.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+    """
+    if not config.evaluate.constraint_samples:
+        return None
+    measures = measure_samples(
+        [directory / SAMPLES_PHASE / SAMPLES_FILE],
+        ["before", "after"],
+        prompt_safety=config.constraint.prompt_safety,
+        num_samples=config.evaluate.bootstrap_samples,
+        seed=config.run.seed,
+    )
+    settings = sampled_settings(config, prompt_safety=config.constraint.prompt_safety, before=measures["before"])
+    return SampledRun(settings=settings, after=measures["after"])
+
+
+def sampled_settings(config: RunConfig, *, prompt_safety: float, before: SampledMeasures) -> SampledSettings:
+    """How the answers of a run came about."""
+    return SampledSettings(
+        num_answers=config.evaluate.constraint_samples,
+        temperature=config.evaluate.temperature,
+        prompt_safety=prompt_safety,
+        before=before,
+    )

@@ -14,6 +14,7 @@ from raylign.evaluation.metrics import wilson_interval
 from raylign.evaluation.sampled_costs import PricedAnswers, measure_constraint
 
 SAFETY = 0.75
+NAMES = [f"{index:04d}" for index in range(2000)]
 
 
 def answers(costs, *, prompts="abcd", rewards=None, refused="") -> PricedAnswers:
@@ -72,6 +73,9 @@ def test_by_hand():
         "over_refusal": 0.0,
         "became_unsafe": 1 / 2,  # a of a and c
         "became_safe": 1.0,
+        # of 4 + 4 answers a and d have 3 unsafe ones, b has 4; safe is up to 1 of 4, and never both sides of a, b or d
+        "chance_unsafe": pytest.approx((1 / 2 + 17 / 70 + 1 / 2) / (1 / 2 + 17 / 70 + 1 + 1 / 2)),
+        "chance_safe": pytest.approx((1 / 2 + 17 / 70 + 1 / 2) / (1 / 2 + 53 / 70 + 1 / 2)),
         "safe_reward": (1 + 3) / 2,
     }
     before = measure([BEFORE])
@@ -96,6 +100,18 @@ def test_values_are_those_of_violations_and_of_changed_prompts():
     assert found.became_safe.value.mean == pytest.approx(change.became_safe)
     assert found.safe_reward.value.mean == pytest.approx(change.reward_after - change.reward_before)
     assert found.became_safe.value.num_items == change.num_unsafe_before
+
+
+def test_chance_is_what_shuffled_answers_give():
+    """The same policy twice, samples of its own each time: as many prompts change sides as chance says."""
+    rng = np.random.default_rng(5)
+    share = rng.beta(0.5, 1.5, size=(2000, 1))
+    twice = [answers(np.where(rng.random((2000, 8)) < share, 1, -1), prompts=NAMES) for _ in range(2)]
+    found = measure([twice[0]], [twice[1]], num_samples=400)
+    for name in ("unsafe", "safe"):
+        changed, chance = getattr(found, f"became_{name}").value, getattr(found, f"chance_{name}").value
+        assert changed.low < chance.mean < changed.high
+        assert chance.mean > 0.05
 
 
 def test_trainings_are_averaged_and_one_without_the_measure_is_left_out():

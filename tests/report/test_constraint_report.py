@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from shown import Page, assert_drawn, look_up
+from synthetic_comparison import sampled as priced_samples
 
 from raylign.config import load_config
 from raylign.constraints.violations import violations
@@ -29,9 +30,12 @@ from raylign.report.constraint_data import (
 from raylign.report.constraint_section import MAX_ROWS, constraint_section
 from raylign.report.data import NotMeasured, report_json
 from raylign.report.html import render_html
+from raylign.report.sampled_data import SampledRun, SampledSettings
+from raylign.report.sampled_tables import ROWS
+from raylign.report.wording import format_interval
 from raylign.runtime.reporting import constraint_report
 from raylign.training.rounds import RoundStore
-from raylign.types import Completion, Rollout, ScoredRollout
+from raylign.types import Completion, Interval, Rollout, ScoredRollout
 
 
 def measured(mean_cost: float = 0.5, safety_rate: float = 0.25) -> dict[str, float]:
@@ -213,6 +217,27 @@ def test_the_page_has_the_section_and_its_warnings_in_full(report_data, replace)
     assert "Mind the &lt;cap&gt;." in html
     assert "hold the mean max(cost, 0) to 0.125" in html
     assert "no constraint, and no response has a cost" in constraint_section(report_data.constraint)
+
+
+def test_several_answers_are_shown_by_both_prices(report_data, replace):
+    settings = SampledSettings(num_answers=4, temperature=0.7, prompt_safety=0.75, before=priced_samples())
+    report = sampled(sampled=SampledRun(settings=settings, after=priced_samples(-0.5)))
+    html = constraint_section(report)
+    content = report_json(replace(report_data, constraint=report))
+    cells = [(key, text) for key, text in Page(html).cells if ".sampled." in key]
+    assert {key.split(".")[-1] for key, _ in cells} == {"value", "by_seed", "change"}
+    assert {key.split(".")[2] for key, _ in cells} == {"settings", "after"}
+    for key, text in cells:
+        if key.endswith("value"):
+            assert text == shown_value(key, look_up(content, key))
+    assert "4 answers of the final policy" in html and "The same answers by the judge</summary>" in html
+    bare = constraint_section(dataclasses.replace(report, points=(), histograms=()))
+    assert "<img" not in bare and "Safe answers" in bare
+
+
+def shown_value(key: str, node: dict) -> str:
+    row = next(row for row in ROWS if f".{row.name}." in key)
+    return format_interval(Interval(**node), row.unit, is_difference=row.is_change)
 
 
 def test_many_rounds_are_folded_away():

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from made_up_comparison import CONSTRAINED, METHODS, calls_of, load_methods
 
 from raylign.assets import asset_path
 from raylign.compare_config import Comparison
 from raylign.errors import ConfigError
-from raylign.runtime.compare import BEFORE, _evaluate, prompt_safety, sampled_measures
+from raylign.runtime.compare import BEFORE, _evaluate, prompt_safety
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE
 
 
@@ -27,7 +25,7 @@ def sampled(comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     module = "raylign.runtime.compare"
     monkeypatch.setattr(f"{module}.sample_policies", sample)
-    monkeypatch.setattr(f"{module}.sampled_measures", lambda comparison, samples: dict(samples))
+    monkeypatch.setattr(f"{module}.measure_samples", lambda files, policies, **settings: {})
     monkeypatch.setattr(f"{module}.checkpoints", lambda training: {2: Path("early"), 4: Path("late")})
     calls_of(comparison, monkeypatch)
     return asked
@@ -60,45 +58,6 @@ def test_a_finished_evaluation_is_kept_when_several_answers_are_asked_for(tmp_pa
         (tmp_path / COMPLETIONS_FILE).touch()
         _evaluate(SimpleNamespace(model=asset_path("tiny_chat"), run=phase), found, 0, {}, None)
     assert keys[0] == keys[1] and keys[0]["evaluate"]["num_prompts"] == 6
-
-
-def write_samples(file: Path, costs: dict[str, list[float]]) -> Path:
-    """Two prompts, two answers each, by policy; the judge has the opposite costs."""
-    pq.write_table(
-        pa.concat_tables(
-            pa.table(
-                {
-                    "policy": [name] * 4,
-                    "prompt": ["bad", "bad", "good", "good"],
-                    "harmful": [True, True, False, False],
-                    "is_refusal": [False] * 4,
-                    "reward": [0.0, 1.0, 2.0, 3.0],
-                    "model_cost": of_policy,
-                    "cost": [-cost for cost in of_policy],
-                }
-            )
-            for name, of_policy in costs.items()
-        ),
-        file,
-    )
-    return file
-
-
-def test_samples_of_all_seeds_become_measures_by_both_prices(tmp_path):
-    found = load_methods(tmp_path, CONSTRAINED, evaluate={"constraint_samples": 2, "bootstrap_samples": 100})
-    before, after = [1.0, -1.0, 1.0, -1.0], [-1.0, -1.0, 1.0, -1.0]
-    files = {
-        0: write_samples(tmp_path / "0.parquet", {BEFORE: before, "dpo": after, "repo": after}),
-        1: write_samples(tmp_path / "1.parquet", {BEFORE: before, "dpo": before}),
-    }
-    measures = sampled_measures(found, files)
-    assert sorted(measures) == [BEFORE, "dpo"]  # repo has no answers of seed 1
-    by_model, by_judge = measures["dpo"].by_model, measures["dpo"].by_judge
-    assert by_model.safety_rate.by_seed == (0.75, 0.5)
-    assert by_model.unsafe_prompts.by_seed == (0.5, 1.0)
-    assert by_judge.safety_rate.by_seed == (0.25, 0.5)
-    assert by_model.safety_rate.change.mean == 0.125
-    assert sampled_measures(found, {}) == {}
 
 
 @pytest.mark.parametrize(
