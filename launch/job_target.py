@@ -12,6 +12,7 @@ import click
 from launch.upload import Upload
 from raylign.config import EMBEDDED, RunConfig, load_config, merge_config
 from raylign.errors import ConfigError, DataNotFoundError, SubmitError
+from raylign.runtime.storage import check_job_storage
 
 ENTRYPOINT = ("python3", "-m", "launch.cli")  # works where raylign is installed and where the job ships it
 _CODE = ("raylign/__init__.py", "launch/cli.py")
@@ -113,7 +114,7 @@ def check_target(target: Target, upload: Upload) -> list[str]:
         )
     notes: list[str] = []
     for config in target.configs:
-        check_storage(config.run.storage)
+        check_job_storage(config.run.storage)
         for key in (*_FILE_KEYS, *_MODEL_KEYS):
             note = _check_path(key, _value(config, key), upload)
             if note is not None and note not in notes:
@@ -123,20 +124,6 @@ def check_target(target: Target, upload: Upload) -> list[str]:
     is_shipped = all(upload.holds(upload.root / name) for name in _CODE)
     notes.append("raylign itself is shipped" if is_shipped else "raylign is not shipped: the cluster must have it")
     return notes
-
-
-def check_storage(storage: str) -> None:
-    """Refuse a relative `run.storage` for a job.
-
-    Raises:
-        ConfigError: it would lie in a directory that Ray makes for the job and removes later.
-    """
-    if not Path(storage).expanduser().is_absolute():
-        raise ConfigError(
-            f"run.storage={storage} is relative: inside a job that is a copy of the working directory on one node, "
-            "which Ray removes when it needs the room; name storage that every node sees, for example "
-            "run.storage=/shared/runs"
-        )
 
 
 def _check_path(key: str, value: str | None, upload: Upload) -> str | None:

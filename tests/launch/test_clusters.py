@@ -24,9 +24,10 @@ from click.testing import CliRunner
 
 import raylign
 from launch.cli import main
-from launch.job_target import ENTRYPOINT, check_storage, parse_target
+from launch.job_target import ENTRYPOINT, parse_target
 from raylign.errors import ResourceError
 from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.storage import check_job_storage
 
 ROOT = Path(raylign.__file__).parents[1]
 CLUSTERS = ROOT / "launch" / "clusters"
@@ -177,7 +178,7 @@ def test_rayjobs_run_a_command_whose_plan_fits_their_nodes(path: Path) -> None:
     with pytest.raises(ResourceError):
         check_plan(plan, nodes[0], nodes[:1])  # the head alone
     assert (config.run.resume, job["spec"]["backoffLimit"] > 0) == (True, True)  # a retry is another pod, same storage
-    check_storage(config.run.storage)
+    check_job_storage(config.run.storage)
     paths = [config.run.storage, config.policy.model, config.data.path, config.evaluate.judge]
     for group, _ in groups(job):
         mounts = [mount["mountPath"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]]
