@@ -39,9 +39,9 @@ from raylign.runtime.fitted_reward import FittedTexts, RewardFacts, load_reward
 from raylign.runtime.identity import method_identity
 from raylign.runtime.ingest_job import read_pairs, run_ingest
 from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.preflight import check_cluster
 from raylign.runtime.price_job import attach_costs
 from raylign.runtime.rank_job import confidence_facts, rank_pairs
-from raylign.runtime.preflight import check_cluster
 from raylign.runtime.resources import ResourcePlan
 from raylign.runtime.reward_job import fit_reward
 from raylign.runtime.reward_scorer import make_reward_scorer
