@@ -132,6 +132,9 @@ class TokenRewardForward(PolicyForward):
         heads: of each member, by its name.
         form: what members say.
         autocast_dtype: runs the trunk in mixed precision, None in the dtype of the weights. Heads are float32.
+
+    Attributes:
+        active: name of the member that answers.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class TokenRewardForward(PolicyForward):
         super().__init__(model, autocast_dtype=autocast_dtype)
         self.heads = nn.ModuleDict(heads).float()
         self.form = form
-        self._active = next(iter(heads))
+        self.active = next(iter(heads))
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +163,7 @@ class TokenRewardForward(PolicyForward):
         """
         model: Any = self.model
         model.set_adapter(member, inference_mode=not model.training)
-        self._active = member
+        self.active = member
 
     def read(self, batch: PackedBatch, *, with_attention: bool = False) -> TokenOutputs:
         """What the active member says of every response token of B pairs.
@@ -178,7 +181,7 @@ class TokenRewardForward(PolicyForward):
                 hidden_SD = self._decode(batch)
             q_N, likelihood_N = self._values(hidden_SD.index_select(0, batch.score_from), batch.score_labels)
         # outside of autocast: bfloat16 outputs would have three digits, too few to tell good answers apart
-        heads: Any = self.heads[self._active]
+        heads: Any = self.heads[self.active]
         said = heads.reward(hidden_SD.index_select(0, read_at_N).float())
         before = heads.reward(hidden_SD.index_select(0, batch.score_from[first_n]).float())
         return TokenOutputs(
@@ -206,7 +209,7 @@ class TokenRewardForward(PolicyForward):
             return None, None
         if self.form.q_from == "q_head":
             with torch.autocast(hidden_ND.device.type, enabled=False):
-                heads: Any = self.heads[self._active]
+                heads: Any = self.heads[self.active]
                 values_NV = heads.q(hidden_ND.float())
                 likelihood_N = -F.cross_entropy(self.form.logit_scale * values_NV, labels_N, reduction="none")
                 return values_NV.gather(1, labels_N[:, None])[:, 0], likelihood_N

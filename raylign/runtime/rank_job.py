@@ -16,7 +16,7 @@ from raylign.rewards.fit import predict
 from raylign.rewards.posterior import RewardPosterior, concat_posteriors, ensemble_posterior, margin_posterior
 from raylign.runtime.features_job import states_from_column
 from raylign.runtime.fitted_reward import FULL, FittedReward, FittedTexts, resolve_temperature
-from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS
+from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, HEAD_SCALE_COLUMNS
 
 if TYPE_CHECKING:
     import ray.data
@@ -44,7 +44,8 @@ def rank_table(table: pa.Table, *, shared: Any) -> pa.Table:
 
     reward, confidence = ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared
     if isinstance(reward, FittedTexts):
-        used: tuple[str, ...] = (*HEAD_REWARD_COLUMNS, "fold")
+        scored = (*HEAD_REWARD_COLUMNS, *HEAD_SCALE_COLUMNS)
+        used: tuple[str, ...] = (*(name for name in scored if name in table.column_names), "fold")
         fold = torch.from_numpy(table["fold"].to_numpy().astype(np.int64))
         chosen, rejected = scored_beliefs(table)
     else:
@@ -86,10 +87,16 @@ def pair_folds(table: pa.Table, *, num_folds: int, seed: int) -> torch.Tensor:
 
 
 def scored_beliefs(table: pa.Table) -> tuple[RewardPosterior, RewardPosterior]:
-    """Beliefs about chosen and rejected responses from the members' rewards beside them."""
-    rewards = (np.stack(table[name].to_numpy(zero_copy_only=False)) for name in HEAD_REWARD_COLUMNS)
-    chosen, rejected = (ensemble_posterior(torch.from_numpy(values)) for values in rewards)
+    """Beliefs about chosen and rejected responses from the members' rewards, and sigma if any, beside them."""
+    chosen, rejected = (
+        ensemble_posterior(_lists(table, name), _lists(table, scale) if scale in table.column_names else None)
+        for name, scale in zip(HEAD_REWARD_COLUMNS, HEAD_SCALE_COLUMNS, strict=True)
+    )
     return chosen, rejected
+
+
+def _lists(table: pa.Table, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack(table[name].to_numpy(zero_copy_only=False)))
 
 
 def _beliefs(table: pa.Table, fold: torch.Tensor, reward: FittedReward) -> tuple[RewardPosterior, RewardPosterior]:

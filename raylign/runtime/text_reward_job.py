@@ -1,8 +1,9 @@
 """Fitting reward models that read texts: members as Ray tasks, merged if asked for.
 
 A directory of `fit_members` holds one plain peft adapter per member (`member0`, ...), which loads with peft on top of
-`AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)`; for reward.kind=warm also `merged`, a plain
-sequence classifier. `text_reward.json` is written last and says what is there.
+`AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)`, for kinds that reward tokens on top of
+`AutoModelForCausalLM.from_pretrained(policy)`, its heads beside it in `heads.safetensors`; for reward.kind=warm also
+`merged`, a plain sequence classifier. `text_reward.json` is written last and says what is there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from raylign.config import PolicySection, RewardModelSection, RewardSection
+from raylign.config import (
+    TOKEN_REWARDS,
+    AvaSection,
+    PolicySection,
+    RewardModelSection,
+    RewardSection,
+    TokenRewardSection,
+)
 from raylign.errors import DataError, TrainingError
 from raylign.models.classifiers import (
     HEAD,
@@ -31,6 +39,7 @@ from raylign.models.classifiers import (
 from raylign.models.loading import load_tokenizer, resolve_layout
 from raylign.models.numerics import actor_device
 from raylign.models.reward_model import score_pairs
+from raylign.models.token_forward import TokenHeads
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import member_weights
 from raylign.rewards.merge import average_weights, weights_hash
@@ -39,7 +48,15 @@ from raylign.runtime.execution import own_errors
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.phases import write_json
 from raylign.runtime.text_rewards import MERGED, REWARD_FILE, on_device, weights_dtype
-from raylign.training.reward_model import MemberTraining, train_members
+from raylign.runtime.token_members import (
+    accuracy,
+    judge_tokens,
+    kind_facts,
+    member_seed,
+    start_tokens,
+    token_objective,
+)
+from raylign.training.reward_model import MemberTraining, bradley_terry_backward, train_members
 from raylign.types import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
@@ -57,6 +74,8 @@ class FitTask:
         reward: number of members, their pairs, whether they are standardised.
         reward_model: adapters and steps.
         policy: number types and loading; its adapter does not count.
+        token_reward: score, of kinds that reward tokens.
+        ava: objective of reward.kind=ava_p and ava_d.
         model_path: directory of the policy.
         output_dir: gets the members.
         seed: of starts, orders and pairs.
@@ -67,6 +86,8 @@ class FitTask:
     reward: RewardSection
     reward_model: RewardModelSection
     policy: PolicySection
+    token_reward: TokenRewardSection = field(default_factory=TokenRewardSection)
+    ava: AvaSection = field(default_factory=AvaSection)
     model_path: str
     output_dir: Path
     seed: int
@@ -88,12 +109,14 @@ def fit_members(
     model_path: str | Path,
     output_dir: str | Path,
     seed: int,
+    token_reward: TokenRewardSection | None = None,
+    ava: AvaSection | None = None,
     excluded_folds: Sequence[int] = (),
     num_cpus: float = 1,
     num_gpus: float = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> dict[str, Any]:
-    """Fine-tune the members of reward.kind=lora_ensemble or warm from the policy, and merge those of warm.
+    """Fine-tune the members of a reward of texts from the policy, and merge those of reward.kind=warm.
 
     Members are one Ray task each, as many at a time as the cluster has room for; with a diversity weight they are one
     task. Scoring every training pair by members that never saw its prompt takes one call per fold with
@@ -109,6 +132,8 @@ def fit_members(
         model_path: directory of the policy, readable on every node.
         output_dir: gets what the module says, on storage that every node sees; what an earlier call left is replaced.
         seed: of folds, starts, orders and pairs.
+        token_reward: `token_reward` section, of kinds that reward tokens; its credit does not count.
+        ava: `ava` section, of reward.kind=ava_p and ava_d.
         excluded_folds: of `grouped_folds(prompt_key, reward.folds, seed)`, left out of the training pairs.
         num_cpus: of one task.
         num_gpus: of one task.
@@ -116,7 +141,8 @@ def fit_members(
 
     Returns:
         What `text_reward.json` says: names, validation accuracy and final training loss of each member, scale and
-        shift, counts, seconds and start hashes.
+        shift, counts, seconds and start hashes; of kinds that reward tokens also score and form, and what
+        `token_facts` and the objective say of each member.
 
     Raises:
         DataError: no training or no validation pair left.
@@ -132,6 +158,8 @@ def fit_members(
         reward=reward,
         reward_model=reward_model,
         policy=policy,
+        token_reward=token_reward or TokenRewardSection(),
+        ava=ava or AvaSection(),
         model_path=str(model_path),
         output_dir=directory,
         seed=seed,
@@ -151,7 +179,7 @@ def fit_members(
         hashes = [record["start_hash"] for record in records]
         remote_merge = ray.remote(_merge).options(**resources)
         [merged_valid] = _collect([remote_merge.remote(shared, task, hashes)], timeout_s)
-        quality = {"merged_valid_accuracy": _accuracy(merged_valid)}
+        quality = {"merged_valid_accuracy": accuracy(merged_valid)}
     else:
         quality = {}
     mean_2N = rewards_nM.mean(1).reshape(2, -1)
@@ -163,8 +191,9 @@ def fit_members(
         "scale": None if scale_M is None else scale_M.tolist(),
         "shift": None if shift_M is None else shift_M.tolist(),
         "members": records,
-        "mean_valid_accuracy": _accuracy(mean_2N),
+        "mean_valid_accuracy": accuracy(mean_2N),
         **quality,
+        **(kind_facts(task) if reward.kind in TOKEN_REWARDS else {}),
         "num_train_pairs": len(train),
         "num_valid_pairs": len(valid),
         "excluded_folds": list(excluded_folds),
@@ -224,11 +253,13 @@ def _fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequenc
         torch.set_num_threads(max(1, int(task.num_cpus)))
     train, valid = (pairs_from_table(table) for table in pairs)
     section, names = task.reward_model, [task.names[member] for member in members]
-    forward, start_hashes = _start_members(task, members)
-    config = forward.classifier.config
+    fits_tokens = task.reward.kind in TOKEN_REWARDS
+    forward: Any
+    forward, start_hashes = start_tokens(task, members) if fits_tokens else _start_members(task, members)
+    config = forward.model.get_base_model().config
     rows: dict[str, Any] = {
         "layout": resolve_layout("auto", config),
-        "pad_token_id": int(config.pad_token_id),
+        "pad_token_id": int(config.pad_token_id or 0),
         "batch_tokens": section.batch_tokens,
     }
     options = MemberTraining(
@@ -240,29 +271,35 @@ def _fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequenc
         **rows,
     )
     weights_NM = member_weights(len(train), task.reward.num_heads, head_data=task.reward.head_data, seed=task.seed)
+    backward = token_objective(task) if fits_tokens else bradley_terry_backward
     losses_MU = train_members(
         forward,
         names,
         train,
         options=options,
-        seeds=[_member_seed(task.seed, member) for member in members],
+        seeds=[member_seed(task.seed, member) for member in members],
         weights=None if weights_NM is None else weights_NM[:, list(members)],
+        backward=backward,
     )
     seconds = time.monotonic() - started_s
     records = []
     for position, (member, name) in enumerate(zip(members, names, strict=True)):
-        _save_member(forward.model, name, task.output_dir)
+        _save_member(forward.model, name, task.output_dir, forward.heads[name] if fits_tokens else None)
         forward.activate(name)
-        rewards_2N = score_pairs(forward, valid, **rows)
+        if fits_tokens:
+            rewards_2N, more = judge_tokens(forward, valid, task, backward, **rows)
+        else:
+            rewards_2N, more = score_pairs(forward, valid, **rows), {}
         records.append(
             {
                 "member": member,
                 "valid_rewards": rewards_2N,
-                "valid_accuracy": _accuracy(rewards_2N),
+                "valid_accuracy": accuracy(rewards_2N),
                 "last_loss": float(losses_MU[position, -10:].mean()),
                 "num_updates": losses_MU.shape[1],
                 "seconds": seconds / len(members),
                 "start_hash": start_hashes[position],
+                **more,
             }
         )
     return records
@@ -280,7 +317,7 @@ def _start_members(task: FitTask, members: Sequence[int]) -> tuple[ClassifierFor
         gradient_checkpointing=task.policy.gradient_checkpointing,
     )
     names = [task.names[member] for member in members]
-    seeds = [_member_seed(task.seed, member) for member in members]
+    seeds = [member_seed(task.seed, member) for member in members]
     state = model.state_dict()  # by the names that they have before peft wraps the layers
     is_warm = task.reward.kind == "warm"
     peft_model = add_members(
@@ -336,18 +373,12 @@ def _merge(pairs: tuple[pa.Table, pa.Table], task: FitTask, start_hashes: Sequen
     )
 
 
-def _member_seed(seed: int, member: int) -> int:
-    return (seed * 1_000_003 + member) % 2**63
-
-
-def _save_member(peft_model: Any, name: str, directory: Path) -> None:
+def _save_member(peft_model: Any, name: str, directory: Path, heads: TokenHeads | None) -> None:
     """Write one adapter; peft also writes a card beside it, which members that finish together would contend for."""
     staging = directory / f".{name}"
     peft_model.save_pretrained(staging, selected_adapters=[name])
+    if heads is not None:
+        heads.save(staging / name)
     shutil.rmtree(directory / name, ignore_errors=True)
     (staging / name).rename(directory / name)
     shutil.rmtree(staging)
-
-
-def _accuracy(rewards_2N: torch.Tensor) -> float:
-    return float((rewards_2N[0] > rewards_2N[1]).double().mean())

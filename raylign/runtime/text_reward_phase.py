@@ -1,13 +1,14 @@
 """The reward phase of rewards that read texts: members out of fold, all pairs scored, and judged as heads are.
 
 Stored pairs are scored here once and not again when they are ranked: `scored/` holds them without hidden states, with
-each member's rewards and the fold that was left out for them.
+each member's rewards (and sigma, of members that state one) and the fold that was left out for them.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import torch
 
-from raylign.config import RunConfig
+from raylign.config import TOKEN_REWARDS, RunConfig
+from raylign.config_effects import AVA
 from raylign.evaluation.layers import layer_curve
+from raylign.models.loading import model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.rewards.cross_fit import checked_folds
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.execution import execution
@@ -27,7 +30,7 @@ from raylign.runtime.pair_states import read_states
 from raylign.runtime.rank_job import pair_folds, scored_beliefs
 from raylign.runtime.reward_job import Held, anchor_warnings, reward_facts
 from raylign.runtime.text_reward_job import fit_members
-from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, REWARD_FILE, read_facts, score_dataset
+from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, HEAD_SCALE_COLUMNS, REWARD_FILE, read_facts, score_dataset
 
 if TYPE_CHECKING:
     import ray.data
@@ -35,6 +38,27 @@ if TYPE_CHECKING:
 SCORED_DIR = "scored"
 
 logger = logging.getLogger(__name__)
+
+
+def text_key(config: RunConfig, model_path: str) -> dict[str, Any]:
+    """What a reward of texts is made of, besides the pairs.
+
+    What each token gets of a reward (`token_reward.credit`, `dense_weight`) does not change the fit.
+
+    Args:
+        config: of the run.
+        model_path: directory of the policy.
+    """
+    section, kind = config.reward_model, config.reward.kind
+    external = None if section.model is None else resolve_model(section.model, key="reward_model.model")
+    return {
+        "reward_model": section.model_dump(exclude={"model", "batch_tokens"}),
+        "external": None if external is None else [model_fingerprint(external), tokenizer_fingerprint(external)],
+        "policy": model_fingerprint(model_path),
+        "dtype": config.policy.dtype,
+        **({"score": config.token_reward.score} if kind in TOKEN_REWARDS else {}),
+        **({"ava": config.ava.model_dump()} if kind in AVA else {}),
+    }
 
 
 def fit_text_reward(
@@ -55,7 +79,8 @@ def fit_text_reward(
 
     Returns:
         What `fit_reward` returns, for texts; saved by the caller. Its metrics also hold `members` (fold that was left
-        out, validation accuracy and last loss of each) and for reward.kind=warm `merged_valid_accuracy`.
+        out, validation accuracy and last loss of each; of kinds that reward tokens also the accuracy of every score,
+        sigma and terms) and for reward.kind=warm `merged_valid_accuracy`.
 
     Raises:
         DataError: a split without pairs, or a fold with all prompts; before anything is fitted.
@@ -73,6 +98,8 @@ def fit_text_reward(
                 features,
                 reward=config.reward,
                 reward_model=config.reward_model,
+                token_reward=config.token_reward,
+                ava=config.ava,
                 policy=config.policy,
                 model_path=model_path,
                 output_dir=members,
@@ -100,6 +127,7 @@ def fit_text_reward(
     facts = _judged(scored, config)
     facts.metrics["layers"] = curve
     facts.metrics.update(_member_metrics(fits))
+    facts.metrics["warnings"] += floor_warnings(facts.metrics.get("members", []))
     for warning in facts.metrics["warnings"]:
         logger.warning("reward.kind=%s: %s", config.reward.kind, warning)
     return FittedTexts(**{field.name: getattr(facts, field.name) for field in fields(facts)}, directory=directory)
@@ -118,7 +146,9 @@ def _layers(features: ray.data.Dataset, config: RunConfig) -> list[dict[str, Any
 
 
 def _judged(scored: Path, config: RunConfig) -> RewardFacts:
-    table = pa.dataset.dataset(scored).to_table(columns=["row_id", "prompt_key", "split", "fold", *HEAD_REWARD_COLUMNS])
+    dataset = pa.dataset.dataset(scored)
+    found = [name for name in (*HEAD_REWARD_COLUMNS, *HEAD_SCALE_COLUMNS) if name in dataset.schema.names]
+    table = dataset.to_table(columns=["row_id", "prompt_key", "split", "fold", *found])
     table = table.sort_by("row_id")
     held = {}
     for split in ("train", "valid", "test"):
@@ -146,7 +176,7 @@ def _member_metrics(fits: dict[int, Path]) -> dict[str, Any]:
         metrics["members"] += [
             {
                 "fold": None if fold == FULL else fold,
-                **{name: record[name] for name in ("member", "valid_accuracy", "last_loss")},
+                **{name: record[name] for name in _OF_MEMBERS if name in record},
             }
             for record in facts["members"]
         ]
@@ -155,6 +185,23 @@ def _member_metrics(fits: dict[int, Path]) -> dict[str, Any]:
     return metrics if fits else {}
 
 
+def floor_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That sigma tells nothing, where it lies on its floor.
+
+    Args:
+        members: facts of members; those that state a sigma have `sigma`.
+    """
+    shares = [member["sigma"]["floor_share"] for member in members if "sigma" in member]
+    if not shares or max(shares) <= 0.5:
+        return []
+    return [
+        f"sigma lies on its floor for {max(shares):.0%} of the tokens of validation answers (variance collapse), "
+        "so that it tells nothing of a reward, and TD errors weigh on the trunk without bound; use an ava.td_weight "
+        "below 1"
+    ]
+
+
+_OF_MEMBERS = ("member", "valid_accuracy", "last_loss", "valid_accuracies", "sigma", "terms")
 _RIDGE = 0.1  # of the per-layer curve; reward.ridge belongs to probes
 
 

@@ -9,7 +9,7 @@ Shape letters: N pairs, B pairs of a batch, M members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from raylign.errors import ShapeError, TrainingError
 from raylign.losses.diversity import lora_diversity
 from raylign.losses.reward import anchor_loss, margin_loss
 from raylign.models.classifiers import ClassifierForward
+from raylign.models.token_forward import TokenRewardForward
 from raylign.training.optim import build_optimizer, build_scheduler
 from raylign.training.order import DataOrder
-from raylign.types import Layout, TokenizedPair
+from raylign.types import Layout, PackedBatch, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,28 +53,96 @@ class MemberTraining:
     pad_token_id: int
 
 
-def train_members(
+Members = ClassifierForward | TokenRewardForward
+# (forward, member, pairs, rows of the batch, weight of every pair, options) -> loss, its gradient added
+Backward = Callable[[Any, str, Sequence[TokenizedPair], np.ndarray, torch.Tensor, MemberTraining], float]
+
+
+def bradley_terry_backward(
     forward: ClassifierForward,
+    name: str,
+    pairs: Sequence[TokenizedPair],
+    rows: np.ndarray,
+    weights_N: torch.Tensor,
+    options: MemberTraining,
+) -> float:
+    r"""Add the gradient of one member's batch and return its loss.
+
+    Definition: \(\sum_i w_i \ell_i / B\) with \(\ell = -\log\sigma(r_c - r_r) + a\,(-\log\sigma(r_c) -
+    \log\sigma(-r_r))\). Pairs of weight 0 cost nothing.
+
+    Args:
+        forward: the members, this one active.
+        name: of the member.
+        pairs: all N pairs.
+        rows: those of the batch. Shape (B,), int64.
+        weights_N: of each pair for this member.
+        options: steps and losses.
+    """
+    total = 0.0
+    for members, batch in weighted_batches(pairs, rows, weights_N, options, forward.device):
+        chosen_B, rejected_B = forward.forward_pairs(batch)[:, :, 0]
+        pair_loss_B = margin_loss(chosen_B, rejected_B, margin_target=0.0)
+        pair_loss_B = pair_loss_B + options.anchor_weight * anchor_loss(chosen_B, rejected_B)
+        loss = (weights_N[members].to(pair_loss_B.device) * pair_loss_B).sum() / len(rows)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
+
+
+def weighted_batches(
+    pairs: Sequence[TokenizedPair] | Mapping[int, TokenizedPair],
+    rows: np.ndarray,
+    weights_N: torch.Tensor,
+    options: MemberTraining,
+    device: torch.device,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """The pairs of a batch that count, in micro-batches.
+
+    Args:
+        pairs: by their rows, at least those of the batch.
+        rows: those of the batch. Shape (B,), int64.
+        weights_N: of each pair. Shape (N,).
+        options: layout and token budget.
+        device: gets the micro-batches.
+
+    Yields:
+        Rows of the pairs of a micro-batch, and the micro-batch.
+    """
+    kept = [int(row) for row in rows if weights_N[row] > 0]
+    if not kept:
+        return
+    tokens = [pair_tokens(pairs[row], options.layout) for row in kept]
+    (plan,) = plan_micro_batches(tokens, batch_tokens=options.batch_tokens, num_workers=1)
+    for micro_batch in plan:
+        members = [kept[position] for position in micro_batch.indices]
+        batch = pack_pairs([pairs[row] for row in members], layout=options.layout, pad_token_id=options.pad_token_id)
+        yield members, batch.to(device)
+
+
+def train_members(
+    forward: Members,
     names: Sequence[str],
     pairs: Sequence[TokenizedPair],
     *,
     options: MemberTraining,
     seeds: Sequence[int],
     weights: torch.Tensor | None = None,
+    backward: Backward = bradley_terry_backward,
 ) -> torch.Tensor:
     r"""Train members in one loop.
 
-    Definition: member m minimises \(\sum_i w_{im} \ell_{im} / \sum_i w_{im}\) with
-    \(\ell = -\log\sigma(r_c - r_r) + a\,(-\log\sigma(r_c) - \log\sigma(-r_r))\), all of them together minus the
-    diversity weight times `lora_diversity`. Pairs of weight 0 cost nothing.
+    Each member minimises its own weighted mean loss, all of them together minus the diversity weight times
+    `lora_diversity`.
 
     Args:
-        forward: fresh members around a frozen classifier, see `add_members`; left in evaluation mode.
+        forward: fresh members around a frozen model, see `add_members`; left in evaluation mode.
         names: of the M members to train.
         pairs: N pairs.
         options: steps and losses.
         seeds: of each member's order of pairs.
         weights: how often each member counts each pair; None counts all alike. Shape (N, M).
+        backward: the loss.
 
     Returns:
         Mean loss of each member's updates in nats, without the diversity term. Shape (M, updates), float32.
@@ -98,7 +167,7 @@ def train_members(
     weights_NM = weights_NM / weights_NM.mean(0)
     forward.train()
     _require_gradients(forward, names)
-    optimizer = build_optimizer(forward.model, learning_rate=options.learning_rate, weight_decay=0.0)
+    optimizer = build_optimizer(forward, learning_rate=options.learning_rate, weight_decay=0.0)
     num_updates = orders[0].num_updates
     scheduler = build_scheduler(optimizer, schedule="linear", num_updates=num_updates, warmup_fraction=0.0)
     losses_MU = torch.zeros(len(names), num_updates)
@@ -106,7 +175,9 @@ def train_members(
         for member, (name, order) in enumerate(zip(names, orders, strict=True)):
             forward.activate(name)
             _require_gradients(forward, names)
-            losses_MU[member, update] = _backward(forward, pairs, order.batch(update), weights_NM[:, member], options)
+            losses_MU[member, update] = backward(
+                forward, name, pairs, order.batch(update), weights_NM[:, member], options
+            )
         if not bool(torch.isfinite(losses_MU[:, update]).all()):
             raise TrainingError(
                 f"the loss of update {update + 1} of the reward model is {losses_MU[:, update].tolist()}; lower "
@@ -121,42 +192,14 @@ def train_members(
     return losses_MU
 
 
-def _backward(
-    forward: ClassifierForward,
-    pairs: Sequence[TokenizedPair],
-    rows: np.ndarray,
-    weights_N: torch.Tensor,
-    options: MemberTraining,
-) -> float:
-    """Add the gradient of one member's batch and return its loss."""
-    kept = [int(row) for row in rows if weights_N[row] > 0]
-    if not kept:
-        return 0.0
-    tokens = [pair_tokens(pairs[row], options.layout) for row in kept]
-    (plan,) = plan_micro_batches(tokens, batch_tokens=options.batch_tokens, num_workers=1)
-    total = 0.0
-    for micro_batch in plan:
-        members = [kept[position] for position in micro_batch.indices]
-        batch = pack_pairs(
-            [pairs[row] for row in members], layout=options.layout, pad_token_id=options.pad_token_id
-        ).to(forward.device)
-        chosen_B, rejected_B = forward.forward_pairs(batch)[:, :, 0]
-        pair_loss_B = margin_loss(chosen_B, rejected_B, margin_target=0.0)
-        pair_loss_B = pair_loss_B + options.anchor_weight * anchor_loss(chosen_B, rejected_B)
-        loss = (weights_N[members].to(pair_loss_B.device) * pair_loss_B).sum() / len(rows)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
-
-
-def down_projections(forward: ClassifierForward, names: Sequence[str]) -> list[list[nn.Parameter]]:
+def down_projections(forward: Members, names: Sequence[str]) -> list[list[nn.Parameter]]:
     """A matrices (r, D) of the named members, layer by layer."""
     stacks: list[Any] = [module.lora_A for module in forward.model.modules() if hasattr(module, "lora_A")]
     return [[stack[name].weight for name in names] for stack in stacks]
 
 
-def _require_gradients(forward: ClassifierForward, names: Sequence[str]) -> None:
+def _require_gradients(forward: Members, names: Sequence[str]) -> None:
     """Of all members to train; peft keeps those of the active one alone."""
     for parameter_name, parameter in forward.named_parameters():
-        if ".lora_" in parameter_name or ".modules_to_save." in parameter_name:
+        if any(part in parameter_name for part in (".lora_", ".modules_to_save.", "heads.")):
             parameter.requires_grad_(any(f".{name}." in parameter_name for name in names))
