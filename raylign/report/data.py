@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from raylign.evaluation.refusal import RefusalValidation
     from raylign.evaluation.safety import SafetyComparison
     from raylign.report.constraint_data import ConstraintReport
+    from raylign.report.token_section import TokenExample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +149,7 @@ class ReportData:
         license_note: what the weights and data allow.
         warnings: what readers must know before they believe the numbers.
         constraint: what the safety constraint did.
+        token_examples: held-out responses with the reward of every token; none where the reward is one of responses.
     """
 
     run_name: str
@@ -175,6 +177,7 @@ class ReportData:
     license_note: str
     warnings: tuple[str, ...] = ()
     constraint: ConstraintReport | NotMeasured = NotMeasured(reason="no constraint, and no response has a cost")
+    token_examples: Sequence[TokenExample] = ()
 
 
 def report_json(data: ReportData) -> dict[str, Any]:
@@ -182,7 +185,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
 
     Values that are nan or infinite become null; `NotMeasured` becomes {"not_measured": reason}.
     """
-    texts = {"before", "after"}
+    texts = {"before", "after", "token_examples"}
     content = {
         field.name: to_plain(getattr(data, field.name)) for field in dataclasses.fields(data) if field.name not in texts
     }

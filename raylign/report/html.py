@@ -14,6 +14,7 @@ from raylign.report.constraint_section import constraint_section
 from raylign.report.cost_section import cost_section
 from raylign.report.data import NotMeasured, ReportData
 from raylign.report.style import STYLE
+from raylign.report.token_section import TOKEN_STYLE, token_section
 from raylign.report.wording import (
     METRIC_ROWS,
     Verdict,
@@ -40,6 +41,7 @@ def render_html(data: ReportData) -> str:
         _section("Before and after", _comparison(data)),
         _section("Examples", _examples(data)),
         _section("Reward", _reward(data)),
+        _section("Rewards of tokens", token_section(data.token_examples)) if data.token_examples else "",
         _section("Label confidence", _confidence(data)),
         _section("Safety constraint", constraint_section(data.constraint)),
         _section("Training", _figure(plots.training_curves(data.training), "Metric records over updates")),
@@ -50,10 +52,11 @@ def render_html(data: ReportData) -> str:
         _section("What it cost", cost_section(data.cost)),
         _section("Reproduce", _reproduce(data)),
     ]
+    style = STYLE + TOKEN_STYLE if data.token_examples else STYLE
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>raylign: {escape(data.run_name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>raylign: {escape(data.run_name)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )

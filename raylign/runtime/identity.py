@@ -70,6 +70,9 @@ def method_identity(config: RunConfig) -> dict[str, Any]:
     sections += ["robust"] if config.train.method != "offline" else []
     # without a constraint its section says nothing, and checkpoints from before there were constraints go on
     sections += ["constraint"] if config.constraint.kind != "none" else []
+    # likewise the credit of tokens
+    by_token = config.train.method == "policy_gradient" and config.policy_gradient.credit == "token"
+    sections += ["token_reward"] if by_token else []
     idle = idle_keys(config)
     keys = {
         f"{section}.{name}": value
@@ -77,6 +80,8 @@ def method_identity(config: RunConfig) -> dict[str, Any]:
         for name, value in getattr(config, section).model_dump().items()
         if f"{section}.{name}" not in idle and f"{section}.{name}" not in FREE_KEYS
     }
+    if not by_token:
+        keys.pop("policy_gradient.credit", None)
     return keys | {"run.seed": config.run.seed}
 
 

@@ -89,7 +89,7 @@ def run_online(
     prompts, counts = collect_prompts(pairs, max_prompt_tokens=_prompt_room(config, model))
     with reward_directory(heads) as found:
         assert found is not None
-        _check_reward(found, layers, config)
+        check_reward(found, layers, config)
         identity = run_identity(config, model=model, reward=found, cost=cost) | {
             "prompts": prompts_fingerprint(prompts)
         }
@@ -119,8 +119,17 @@ def run_online(
         return fit_workers(online_worker, task, directory, num_updates=num_updates, callbacks=callbacks)
 
 
-def _check_reward(reward: Path, layers: tuple[int, ...], config: RunConfig) -> None:
-    """Heads and states, or a reward and a credit, that do not fit are found before an engine starts."""
+def check_reward(reward: Path, layers: tuple[int, ...], config: RunConfig) -> None:
+    """Refuse heads and states, or a reward and a credit, that do not fit, before an engine starts.
+
+    Args:
+        reward: directory of the reward phase.
+        layers: transformer layers that are given to the heads.
+        config: of the run.
+
+    Raises:
+        DataError: naming what does not fit.
+    """
     fitted = load_reward(reward)
     if _token_reward(config) is not None and fitted.kind not in TOKEN_REWARDS:
         raise DataError(

@@ -47,6 +47,7 @@ from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
 from raylign.runtime.online_trainer import ROUNDS_DIR
 from raylign.runtime.phases import ENVIRONMENT_FILE, Run, record_config, versions, write_json
+from raylign.runtime.token_examples import read_token_examples
 from raylign.runtime.tracking import read_records, record_summary
 from raylign.runtime.trainer import METRICS_FILE
 from raylign.training.constrained import multiplier_rule
@@ -146,6 +147,7 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
             records=training,
             evaluated=evaluated_prompts(completions["before"], completions["after"]),
         ),
+        token_examples=read_token_examples(run.directory),
     )
 
 

@@ -33,3 +33,13 @@ def test_the_cost_model_counts_where_a_constraint_reads_it(tmp_path: Path):
         config = load_config(None, overrides)
         found = [run_identity(config, **paths, cost=cost) for cost in (*costs, None)]
         assert (found[0] != found[1]) == (found[0] != found[2]) == counts
+
+
+def test_the_credit_of_tokens_counts_where_it_is_read():
+    plain = method_identity(load_config(None, CONSTRAINED[:1]))
+    assert not [key for key in plain if key.startswith("token_reward.") or key == "policy_gradient.credit"]
+    by_token = [CONSTRAINED[0], "reward.kind=ava_p", "policy_gradient.credit=token"]
+    first = method_identity(load_config(None, by_token))
+    assert (first["policy_gradient.credit"], first["token_reward.credit"]) == ("token", "own")
+    assert "token_reward.dense_weight" not in first  # idle
+    assert method_identity(load_config(None, [*by_token, "token_reward.credit=differences"])) != first

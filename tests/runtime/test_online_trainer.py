@@ -23,8 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raylign.config import load_config
-from raylign.errors import OutputExistsError, ResourceError
-from raylign.runtime.fitted_reward import FittedReward
+from raylign.errors import DataError, OutputExistsError, ResourceError
+from raylign.runtime.fitted_reward import FittedReward, RewardFacts
+from raylign.runtime.online_trainer import check_reward
 from raylign.runtime.resources import ResourcePlan, check_plan
 from raylign.training.rounds import RoundStore
 
@@ -183,3 +184,16 @@ def test_too_few_cpus_are_told_with_the_arithmetic() -> None:
     config = load_config(values={"train": {"method": "online_dpo"}, "sampler": {"num_engines": 4}})
     with pytest.raises(ResourceError, match=r"1 training worker\(s\) x 1 \+ 4 sampling engine\(s\) x 0\.5 \+ 1 scorer"):
         check_plan(ResourcePlan.from_config(config), {"CPU": 2})
+
+
+def test_a_reward_of_responses_cannot_train_token_by_token(tmp_path: Path) -> None:
+    """Whatever reward.kind says: the fitted reward may come from elsewhere."""
+    facts = {"centers": (0.0,), "full_center": 0.0, "temperature": 1.0, "fold_seed": 0, "metrics": {}}
+    RewardFacts(kind="warm", **facts).save(tmp_path)
+    values: dict[str, Any] = {"train": {"method": "policy_gradient"}, "reward": {"kind": "ava_p"}}
+    check_reward(tmp_path, (), load_config(values=values))
+    by_token = load_config(values={**values, "policy_gradient": {"credit": "token"}})
+    with pytest.raises(DataError, match="the fitted reward is of kind warm; fit one of ava_p"):
+        check_reward(tmp_path, (), by_token)
+    RewardFacts(kind="ava_d", **facts).save(tmp_path)
+    check_reward(tmp_path, (), by_token)
