@@ -59,7 +59,6 @@ def align(config: RunConfig) -> AlignResult:
     reward, reward_facts = phases.reward(features, features_digest)
     reward_key = digest([features_digest, reward_facts])
     score_token_examples(phases, ingest, reward, reward_key)
-    score_token_examples(phases, ingest, reward, reward_key)
     cost = phases.cost(features, features_digest)
     if config.train.method == "offline":
         ranked, rank_facts = phases.rank(features, reward, reward_key, cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ from raylign.report.data import (
 )
 from raylign.report.html import render_html
 from raylign.report.model_card import render_model_card
+from raylign.report.sampled_data import SampledRun
 from raylign.report.wording import comparison_table
 from raylign.runtime.check import method_name
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
 from raylign.runtime.online_trainer import ROUNDS_DIR
 from raylign.runtime.phases import ENVIRONMENT_FILE, Run, record_config, versions, write_json
+from raylign.runtime.sample_job import sampled_run
 from raylign.runtime.token_examples import read_token_examples
 from raylign.runtime.tracking import read_records, record_summary
 from raylign.runtime.trainer import METRICS_FILE
@@ -146,6 +148,7 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
             facts=facts,
             records=training,
             evaluated=evaluated_prompts(completions["before"], completions["after"]),
+            sampled=sampled_run(config, run.directory),
         ),
         token_examples=read_token_examples(run.directory),
     )
@@ -166,6 +169,7 @@ def constraint_report(
     facts: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     evaluated: EvaluatedPrompts,
+    sampled: SampledRun | None = None,
 ) -> ConstraintReport | NotMeasured:
     """What the constraint of a run did, from its rounds or from its ranked pairs.
 
@@ -175,14 +179,26 @@ def constraint_report(
         facts: see `write_report`; rank is read.
         records: of the training metrics.
         evaluated: what became of the evaluation prompts.
+        sampled: several answers to each of them, None when they were not asked for.
     """
     if not needs_cost(config):
         return NotMeasured(reason="the run has no constraint (constraint.kind=none), and no response has a cost")
     if config.train.method != "offline":
-        return _sampled_constraint(config, directory / "train" / ROUNDS_DIR, records, evaluated)
-    if config.constraint.kind == "none":
+        report = _sampled_constraint(config, directory / "train" / ROUNDS_DIR, records, evaluated)
+    elif config.constraint.kind != "none":
+        report = _stored_constraint(config, directory / "rank" / "ranked", facts["rank"]["constraint"], evaluated)
+    elif sampled is not None:
+        report = _unread_costs(evaluated)
+    else:
         return NotMeasured(reason="stored pairs were priced (cost_model.source), and no constraint read the costs")
-    return _stored_constraint(config, directory / "rank" / "ranked", facts["rank"]["constraint"], evaluated)
+    return replace(report, sampled=sampled)
+
+
+def _unread_costs(evaluated: EvaluatedPrompts) -> ConstraintReport:
+    """Of a run over stored pairs without a constraint, whose costs are only reported."""
+    return ConstraintReport(
+        kind="none", bound=None, cap=None, points=(), stored=None, histograms=(), warnings=(), evaluated=evaluated
+    )
 
 
 def _sampled_constraint(
