@@ -21,6 +21,8 @@ from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table
 from raylign.config import RunConfig, load_config
 from raylign.models.forward import PolicyForward
 from raylign.models.loading import load_policy, load_tokenizer
+from raylign.models.token_forward import HEADS_FILE, TokenForm
+from raylign.models.variational_policy import VariationalPolicy
 from raylign.rewards.hybrid import HybridReward
 from raylign.training.live_confidence import LiveConfidence
 from raylign.training.loop import train_offline
@@ -31,6 +33,7 @@ from raylign.training.order import DataOrder
 from raylign.training.parallel import distribute
 from raylign.training.state import (
     POLICY,
+    TOKEN_HEADS,
     TrainerState,
     check_checkpoint,
     load_training,
@@ -38,6 +41,7 @@ from raylign.training.state import (
     save_checkpoint,
 )
 from raylign.training.table import PairTable
+from raylign.training.variational import Variational
 from raylign.training.world import World
 
 # Token budget of about two pairs: workers accumulate, and get fillers when the last batch has one pair.
@@ -62,7 +66,11 @@ def train(
         check_checkpoint(Path(start), {})
         if is_lora:
             restore_adapter(Path(start), model)
-    policy = distribute(PolicyForward(model), parallel=config.train.parallel, world=world)
+    is_variational = config.train.objective in ("ava_p", "ava_d")
+    forward = PolicyForward(model)
+    if is_variational:
+        forward = VariationalPolicy(model, form=TokenForm(q_from="logits", sigma_floor=0.01), seed=0)
+    policy = distribute(forward, parallel=config.train.parallel, world=world)
     optimizer = build_optimizer(policy, learning_rate=config.train.learning_rate, weight_decay=0.1)
     table = PairTable(tiny_table(NUM_PAIRS))
     order = DataOrder(num_pairs=NUM_PAIRS, batch_size=4, seed=0, epochs=2)
@@ -72,6 +80,7 @@ def train(
         scheduler=build_scheduler(optimizer, schedule="linear", num_updates=order.num_updates, warmup_fraction=0.1),
         window=MetricWindow(has_confidence=True),
         live=make_live(config, world) if config.confidence.source == "live" else None,
+        variational=Variational(config.train.objective, config.ava, world=world) if is_variational else None,
     )
     if start is not None:
         load_training(Path(start), state)
@@ -142,8 +151,11 @@ def _start_from(rank: int, port: int, arguments: tuple[Any, ...], output: str, s
 
 
 def weights(output: Path, step: int = 8) -> dict[str, torch.Tensor]:
-    file = next((output / f"step_{step}" / POLICY).glob("*.safetensors"))
-    return load_file(file)
+    """Of the policy, and of its heads of tokens where it has them."""
+    checkpoint = output / f"step_{step}"
+    found = load_file(next((checkpoint / POLICY).glob("*.safetensors")))
+    heads = checkpoint / TOKEN_HEADS / HEADS_FILE
+    return found | (load_file(heads) if heads.exists() else {})
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +166,25 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FSDP = {"train": {"parallel": "fsdp"}}
 LIVE_BATCH = {"confidence": {"source": "live", "level": "batch", "track": "anchor", "track_batch_size": 2}}
 LIVE_PAIR = {"confidence": {"source": "live", "track": "stored_order"}}
+AVA_P, AVA_D = {"train": {"objective": "ava_p"}}, {"train": {"objective": "ava_d", "parallel": "fsdp"}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
-    [{}, FSDP, FSDP | {"policy": {"adapter": "lora"}}, LIVE_BATCH, LIVE_BATCH | FSDP, LIVE_PAIR | FSDP],
-    ids=["ddp", "fsdp", "fsdp-lora", "ddp-live-batch-anchor", "fsdp-live-batch-anchor", "fsdp-live-pair-stored-order"],
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param(FSDP, id="fsdp"),
+        pytest.param(FSDP | {"policy": {"adapter": "lora"}}, id="fsdp-lora"),
+        pytest.param(LIVE_BATCH, id="ddp-live-batch-anchor"),
+        pytest.param(LIVE_BATCH | FSDP, id="fsdp-live-batch-anchor"),
+        pytest.param(LIVE_PAIR | FSDP, id="fsdp-live-pair-stored-order"),
+        pytest.param(AVA_P, id="ddp-ava_p"),
+        pytest.param(AVA_D, id="fsdp-ava_d"),
+    ],
 )
 def test_two_workers_train_what_one_trains(model_dir: Path, tmp_path: Path, values: dict[str, Any]) -> None:
-    alone = {k: v for k, v in values.items() if k != "train"}
+    alone = values | {"train": {k: v for k, v in values.get("train", {}).items() if k != "parallel"}}
     one = train(str(model_dir), str(tmp_path / "one"), alone, World())
     two, second_rank = train_on_two(model_dir, tmp_path / "two", values)
 
@@ -180,17 +201,19 @@ def test_two_workers_train_what_one_trains(model_dir: Path, tmp_path: Path, valu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "objective"), [("full", "label_confidence"), ("lora", "label_confidence"), ("lora", "ava_p")]
+)
 def test_a_sharded_run_resumes_bitwise_and_one_worker_can_take_over(
-    model_dir: Path, tmp_path: Path, adapter: str
+    model_dir: Path, tmp_path: Path, adapter: str, objective: str
 ) -> None:
-    values = FSDP | {"policy": {"adapter": adapter}}
+    values = {"policy": {"adapter": adapter}, "train": {"parallel": "fsdp", "objective": objective}}
     train_on_two(model_dir, tmp_path / "whole", values)
     train_on_two(model_dir, tmp_path / "resumed", values, start=tmp_path / "whole" / "step_3")
     train(
         str(model_dir),
         str(tmp_path / "alone"),
-        {"policy": {"adapter": adapter}},
+        {"policy": {"adapter": adapter}, "train": {"objective": objective}},
         World(),
         str(tmp_path / "whole/step_3"),
     )
