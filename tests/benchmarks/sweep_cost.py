@@ -1,0 +1,112 @@
+"""What a 16-point sweep takes against 16 separate runs of the same points.
+
+    python -m tests.benchmarks.sweep_cost --directory DIR            both sides, then the table
+    python -m tests.benchmarks.sweep_cost --directory DIR --do sweep | runs | table
+
+Every side is a process of its own, so that start-up counts. What is there is not done again: a part that was killed is
+repeated. The table shows wall seconds, reserved CPU-seconds from the ledgers, and the ratios. The sweep measures no
+drift; the runs measure it on as few prompts as there can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from raylign.cost.rows import Cost, read_ledger, total
+from raylign.runtime.costs import LEDGER_DIR
+from raylign.runtime.phases import versions, write_json
+
+AXES = {"constraint.multiplier": [0.5, 1.0, 2.0, 5.0], "train.beta": [0.05, 0.1, 0.15, 0.3]}
+COMMON = {
+    "constraint.kind": "rectified",
+    "data.max_pairs": 400,
+    "train.max_steps": 12,
+    "train.learning_rate": 1e-4,
+    "evaluate.num_prompts": 64,
+    "evaluate.max_new_tokens": 32,
+}
+RUN_ONLY = {"evaluate.drift_prompts": 4, "evaluate.drift_candidates": 2}
+SIDES = ("sweep", "runs")
+
+
+def points() -> list[dict[str, float]]:
+    return [
+        {"constraint.multiplier": m, "train.beta": b} for m in AXES["constraint.multiplier"] for b in AXES["train.beta"]
+    ]
+
+
+def command(*arguments: str, keys: dict[str, object]) -> None:
+    shown = [f"{key}={value}" for key, value in keys.items()]
+    subprocess.run([sys.executable, "-m", "launch.cli", *arguments, *shown], check=True, stdout=subprocess.DEVNULL)
+
+
+def timed(directory: Path, name: str, *arguments: str, keys: dict[str, object]) -> None:
+    """Run one process unless it is done; its wall seconds go into `<name>.json`."""
+    record = directory / f"{name}.json"
+    if record.exists():
+        return
+    shutil.rmtree(directory / name, ignore_errors=True)
+    start = time.monotonic()
+    command(*arguments, keys={**keys, "run.storage": directory / name, "run.name": "it"})
+    write_json(record, {"wall_s": time.monotonic() - start})
+
+
+def sweep(directory: Path) -> None:
+    space = directory / "space.yaml"
+    space.write_text("".join(f"{key}: {{grid: {values}}}\n" for key, values in AXES.items()), encoding="utf-8")
+    timed(directory, "sweep", "sweep", "--space", str(space), keys=dict(COMMON))
+
+
+def runs(directory: Path, limit: int) -> None:
+    left = [index for index in range(len(points())) if not (directory / f"run-{index:02d}.json").exists()]
+    for index in left[:limit]:
+        timed(directory, f"run-{index:02d}", "align", keys={**COMMON, **RUN_ONLY, **points()[index]})
+
+
+def cost_below(directory: Path) -> Cost:
+    """Of all ledgers below a directory."""
+    return sum((total(read_ledger(found)) for found in directory.rglob(LEDGER_DIR)), Cost())
+
+
+def table(directory: Path) -> str:
+    names = [f"run-{index:02d}" for index in range(len(points()))]
+    missing = [name for name in ("sweep", *names) if not (directory / f"{name}.json").exists()]
+    if missing:
+        return f"not measured: {', '.join(missing)} are still to be run"
+    wall = {name: json.loads((directory / f"{name}.json").read_text())["wall_s"] for name in ("sweep", *names)}
+    cpu = {name: cost_below(directory / name).device_s["cpu"] for name in ("sweep", *names)}
+    sides = {
+        "16 separate runs": (sum(wall[name] for name in names), sum(cpu[name] for name in names)),
+        "one sweep": (wall["sweep"], cpu["sweep"]),
+    }
+    lines = ["| | wall, s | reserved CPU-seconds (ledgers) |", "|---|---|---|"]
+    lines += [f"| {name} | {side[0]:,.0f} | {side[1]:,.0f} |" for name, side in sides.items()]
+    separate, one = sides["16 separate runs"], sides["one sweep"]
+    lines.append(f"| ratio | {separate[0] / one[0]:.2f} | {separate[1] / one[1]:.2f} |")
+    each = sorted(wall[name] for name in names)
+    lines.append(f"\none run: {each[0]:.0f} to {each[-1]:.0f} s; settings {json.dumps(COMMON)}")
+    return "\n".join([*lines, json.dumps(versions())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--do", choices=[*SIDES, "all", "table"], default="all")
+    parser.add_argument("--limit", type=int, default=len(points()), help="separate runs at most, in this call")
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    if arguments.do in ("sweep", "all"):
+        sweep(arguments.directory)
+    if arguments.do in ("runs", "all"):
+        runs(arguments.directory, arguments.limit)
+    print(table(arguments.directory))
+
+
+if __name__ == "__main__":
+    main()
