@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import time
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 20.0  # of one answer
 _POLL_S = 1.0
 _RECONNECTS = 5
+_CHATTY = (  # they name each ignore file thrice, and warn that Ray leaves out .git
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
 _STOPPED = 143  # what a shell gives for a command that SIGTERM ended
 
 
@@ -99,6 +106,9 @@ def connect(address: str) -> JobSubmissionClient:
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
+
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
         """Ray's client, whose requests would wait for ever."""

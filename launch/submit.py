@@ -182,9 +182,9 @@ def run_submit(group: click.Group, arguments: Sequence[str], options: Options) -
         _tell("note", note)
     for line in _demand_lines(target):
         _tell("demand", line)
-    line = request.command_line(hand_variables(address, os.environ, has_token=find_token() is not None))
+    environment = dict(os.environ)  # as the user's shell has it; connecting changes this process's
     if options.is_dry_run:
-        click.echo(line)
+        click.echo(request.command_line(hand_variables(address, environment, has_token=find_token() is not None)))
         return 0
     client = connect(address)
     _check_supply(target, options.wait_s, address)
