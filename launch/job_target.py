@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +18,7 @@ from raylign.runtime.storage import check_job_storage
 ENTRYPOINT = ("python3", "-m", "launch.cli")  # works where raylign is installed and where the job ships it
 _CODE = ("raylign/__init__.py", "launch/cli.py")
 _RESOLVED = ("align", "evaluate", "compare", "calibrate", "sweep", "check")  # verbs that take a whole configuration
+_FILE_OPTIONS = {"--config": "path", "--space": "space"}
 _FILE_KEYS = ("data.path", "evaluate.prompts")  # never names of a hub
 _MODEL_KEYS = ("policy.model", "evaluate.judge", "reward_model.model", "cost_model.model")
 
@@ -26,14 +28,14 @@ class Target:
     """The command that a job runs.
 
     Attributes:
-        arguments: of `raylign`, the verb first; a config file is named as it lies in the working directory.
+        arguments: of `raylign`, the verb first; files are named as they lie in the working directory.
         configs: what it runs, resolved here; empty for verbs that read no configuration.
-        file: config file relative to the working directory; None for none, or one that ships with raylign.
+        files: config file and space, relative to the working directory, but for those that ship with raylign.
     """
 
     arguments: tuple[str, ...]
     configs: tuple[RunConfig, ...]
-    file: str | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def entrypoint(self) -> tuple[str, ...]:
@@ -53,32 +55,49 @@ def parse_target(group: click.Group, arguments: Sequence[str], *, root: Path) ->
         SubmitError: no command of raylign, or `submit` itself.
         ConfigError: wrong configuration, or a file outside the working directory.
     """
-    from launch.cli import shipped
-
     if not arguments or arguments[0] not in group.commands or arguments[0] == "submit":
         verbs = ", ".join(sorted(set(group.commands) - {"submit"}))
         raise SubmitError(f"after -- comes a command of raylign ({verbs}), found {' '.join(arguments) or 'nothing'}")
     verb = arguments[0]
     with group.commands[verb].make_context(f"raylign {verb}", list(arguments[1:])) as context:
-        path, overrides = context.params.get("path"), context.params.get("overrides", ())
-    configs: tuple[RunConfig, ...] = ()
-    if verb in _RESOLVED:
-        configs = _resolve(None if path is None else shipped(path), overrides)
-    if path is None or not Path(path).exists():
-        return Target(arguments=tuple(arguments), configs=configs)
+        params = context.params
+    configs = _resolve(verb, params) if verb in _RESOLVED else ()
+    words = list(arguments)
+    files: list[str] = []
+    for option, name in _FILE_OPTIONS.items():
+        given = params.get(name)
+        if given is None or not Path(given).exists():
+            continue
+        inside = _inside(given, root, option)
+        files.append(inside)
+        renamed = {given: inside, f"{option}={given}": f"{option}={inside}"}
+        words = [renamed.get(word, word) for word in words]
+    return Target(arguments=tuple(words), configs=configs, files=tuple(files))
+
+
+def _inside(path: str, root: Path, option: str) -> str:
+    """A file as it is named from the working directory."""
     try:
-        inside = Path(os.path.abspath(path)).relative_to(root).as_posix()
+        return Path(os.path.abspath(path)).relative_to(root).as_posix()
     except ValueError:
         raise ConfigError(
-            f"config file {path} is not in the working directory {root}, which is all that the job sees: move it "
-            "there, or name a --working-dir that holds it"
+            f"{option} {path} is not in the working directory {root}, which is all that the job sees: move it there, "
+            "or name a --working-dir that holds it"
         ) from None
-    words = {path: inside, f"--config={path}": f"--config={inside}"}
-    return Target(arguments=tuple(words.get(word, word) for word in arguments), configs=configs, file=inside)
 
 
-def _resolve(path: str | None, overrides: Sequence[str]) -> tuple[RunConfig, ...]:
-    """What a file runs; of a comparison the first seed, since others differ in nothing else that is checked here."""
+def _resolve(verb: str, params: Mapping[str, Any]) -> tuple[RunConfig, ...]:
+    """What a command runs; of several seeds the first, since others differ in nothing that is checked here."""
+    from launch.cli import shipped
+
+    path = None if params.get("path") is None else shipped(params["path"])
+    overrides = params.get("overrides", ())
+    if verb == "sweep":
+        from tuning.sweep_config import load_sweep
+
+        sweep = load_sweep(params["space"], path, overrides, is_resumed=params["resume"])
+        seed = sweep.sweep.seeds[0]
+        return (sweep.base, *(sweep.trial(keys, seed).config for keys in sweep.checked_points))
     sections = merge_config(path, overrides)
     if "compare" in sections:
         from raylign.compare_config import load_comparison
@@ -107,11 +126,12 @@ def check_target(target: Target, upload: Upload) -> list[str]:
         ConfigError: a config file is not shipped, or the results would lie in a directory that Ray removes.
         DataNotFoundError: a relative path that is not shipped.
     """
-    if target.file is not None and not upload.holds(upload.root / target.file):
-        raise ConfigError(
-            f"config file {target.file} would not be shipped: .gitignore, .rayignore or an exclude names it; let it "
-            f"through there (a line !{target.file}), or move it"
-        )
+    for file in target.files:
+        if not upload.holds(upload.root / file):
+            raise ConfigError(
+                f"{file} would not be shipped: .gitignore, .rayignore or an exclude names it; let it through there "
+                f"(a line !{file}), or move it"
+            )
     notes: list[str] = []
     for config in target.configs:
         check_job_storage(config.run.storage)

@@ -132,13 +132,19 @@ def test_a_config_is_named_as_it_lies_in_the_working_directory(project: Path, mo
         (["submit", "align"], SubmitError, "comes a command"),
         (["compare", "--config", "compare_tiny.yaml"], ConfigError, r"run\.storage=runs is relative"),
         (["calibrate", "--config", "calibrate_tiny.yaml"], ConfigError, r"run\.storage=runs is relative"),
+        (["sweep", "--space", "beta"], ConfigError, r"run\.storage=runs is relative"),
+        (
+            ["sweep", "--space", "../outside.yaml", SHARED],
+            ConfigError,
+            r"--space \.\./outside\.yaml is not in the work",
+        ),
         (["evaluate", "/checkpoint"], ConfigError, r"run\.storage=runs is relative"),
     ],
 )
 def test_what_cannot_work_there_is_refused_here(
     project: Path, arguments: list[str], error: type[Exception], message: str
 ) -> None:
-    (project.parent / "outside.yaml").write_text("")
+    (project.parent / "outside.yaml").write_text("train.beta: {grid: [0.1, 0.2]}\n" if "--space" in arguments else "")
     with pytest.raises(error, match=message):
         parsed(project, *arguments)
 
