@@ -9,10 +9,11 @@ stop and ends its controller in good order; only then does Tune's actor go.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ IS_DONE = "is_done"
 REWARD_SECTIONS = ("reward", "brme", "reward_model", "token_reward", "ava")
 
 _CALLBACKS = "RAY_TRAIN_CALLBACKS"  # Ray Train makes these on its own, whoever builds the trainer
+_LOCK = ".lock"
 _POLL_S = 0.5
 _STOP_S = 60.0
 
@@ -124,7 +126,8 @@ class TrialRunner:
         with self._lock:
             self._controller, self._is_stopped = None, False
         try:
-            run_phases(trial, shared)
+            with _only_one(trial.directory):
+                run_phases(trial, shared)
         except ray.exceptions.RayActorError:
             if not self._is_stopped:
                 raise
@@ -145,6 +148,15 @@ class TrialRunner:
             controller = self._controller
         if controller is not None:
             _abort(controller)
+
+
+@contextlib.contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Wait for whoever runs the same trial: Optuna may name a point twice. The lock goes with its process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _abort(controller: Any) -> None:
@@ -240,9 +252,9 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
 
 
 def is_trained(directory: Path) -> bool:
-    """Whether the train phase of a trial is finished."""
+    """Whether the train phase of a trial is finished and no scheduler dropped the trial, which may cross."""
     manifest = train_manifest(directory)
-    return manifest is not None and manifest["status"] == "done"
+    return manifest is not None and manifest["status"] == "done" and stopped_at(directory) is None
 
 
 def train_manifest(directory: Path) -> dict[str, Any] | None:

@@ -1,0 +1,202 @@
+"""Sweeps on real Ray: what is stopped frees everything, what is finished is kept, what was killed goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylign.errors import OutputExistsError, TrainingError
+from tuning.sweep_config import Sweep, load_sweep
+from tuning.trial import STOPPED_FILE, read_records, train_manifest
+
+SMALL = [
+    "data.max_pairs=160",
+    "data.max_length=192",
+    "data.max_bad_fraction=1",
+    "data.test_fraction=0.2",
+    "reward.folds=2",
+    "reward.epochs=2",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "evaluate.num_prompts=8",
+    "evaluate.max_new_tokens=8",
+    "evaluate.bootstrap_samples=100",
+]
+# Ray Data's own helpers stay for the session, with no resource
+HELPERS = ("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester")
+# asha compares the learning rate after the first update: that of the long trial has hardly begun to warm up
+ASHA = [
+    "sweep.scheduler=asha",
+    "sweep.metric=learning_rate",
+    "sweep.grace_steps=1",
+    "sweep.reduction_factor=2",
+    "sweep.max_concurrent=1",
+]
+LONG = 5000
+
+
+def small(directory: Path, space: str, *overrides: str, is_resumed: bool = False) -> Sweep:
+    file = directory / "own.yaml"
+    file.write_text(space)
+    where = [f"run.storage={directory}", "run.name=s"]
+    return load_sweep(str(file), None, [*where, *SMALL, *overrides], is_resumed=is_resumed)
+
+
+def wait_for(is_true: Callable[[], bool], what: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, f"not after {seconds:g} s: {what}"
+        time.sleep(0.5)
+
+
+def left_over() -> dict[str, Any]:
+    """What is not free: CPUs, placement groups, actors."""
+    import ray
+    from ray._private.state import actors  # asks the control store; the public call needs a dashboard
+
+    cluster, free = ray.cluster_resources(), ray.available_resources()
+    taken = {
+        name: amount - free.get(name, 0.0)
+        for name, amount in cluster.items()
+        if not name.startswith("object_store") and amount - free.get(name, 0.0) > 1e-9
+    }
+    groups = {id: one["state"] for id, one in ray.util.placement_group_table().items() if one["state"] != "REMOVED"}
+    alive = [one["ActorClassName"] for one in actors().values() if one["State"] != "DEAD"]
+    return {
+        name: found
+        for name, found in (
+            ("resources", taken),
+            ("placement groups", groups),
+            ("actors", [name for name in alive if not name.endswith(HELPERS)]),
+        )
+        if found
+    }
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+SPACE = f"train.max_steps: {{grid: [3, {LONG}]}}"
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster: None, directory: Path) -> Any:
+    from tuning.run import run_sweep
+
+    wait_for(lambda: not left_over(), f"free before the test: {left_over()}", 30)
+    return run_sweep(small(directory, SPACE, *ASHA))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_that_asha_stops_leaves_nothing_behind(swept: Any, directory: Path) -> None:
+    stopped, finished = swept.points[1], swept.points[0]
+    assert list(stopped.stopped) == [0]
+    assert 1 <= stopped.stopped[0] < LONG
+    assert (stopped.seeds, stopped.comparison, stopped.is_on_front) == ((), None, False)
+    assert [seed.seed for seed in finished.seeds] == [0]
+    assert finished.is_on_front
+    wait_for(lambda: not left_over(), f"everything free: {left_over()}", 30)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_trial_is_a_run_and_features_are_made_once(swept: Any, directory: Path) -> None:
+    from raylign.cost.rows import read_ledger
+
+    root = directory / "s"
+    assert len(list(root.glob("cache/features-*"))) == 1
+    assert len(list(root.glob("rewards/*/reward/manifest.json"))) == 1
+    trials = sorted(path.name for path in (root / "trials").iterdir())
+    assert trials == ["max_steps-3-seed0", f"max_steps-{LONG}-seed0"]
+    for name in trials:
+        assert (root / "trials" / name / "config.yaml").exists()
+        stages = {row.stage for row in read_ledger(root / "trials" / name / "ledger")}
+        assert stages == {"rank", "train"}
+    assert sum(row.phase == "reference_forward" for row in read_ledger(root / "shared" / "ledger")) == 1
+    cost, alone = swept.points[0].cost, swept.points[0].unshared_cost
+    assert 0 < cost.device_s["cpu"] < alone.device_s["cpu"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_resumed_sweep_does_nothing_again(swept: Any, directory: Path) -> None:
+    from tuning.report import write_sweep
+    from tuning.run import run_sweep
+
+    with pytest.raises(OutputExistsError, match="--resume"):
+        run_sweep(small(directory, SPACE, *ASHA))
+    root = directory / "s" / "trials"
+    before = {file: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
+    again = run_sweep(small(directory, SPACE, *ASHA, is_resumed=True))
+    assert {file: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file() and file in before} == before
+    assert [point.comparison for point in again.points] == [point.comparison for point in swept.points]
+    assert [point.stopped for point in again.points] == [point.stopped for point in swept.points]
+    written = write_sweep(again, directory / "s")
+    assert (directory / "s" / "best" / "config.json").exists()
+    assert written.html.stat().st_size > 10_000
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_failed_trial_does_not_end_the_others(ray_cluster: None, directory: Path) -> None:
+    """A batch that no micro-batch can hold fails in its trial alone."""
+    from tuning.run import run_sweep
+
+    space = "train.max_steps: 2\ntrain.learning_rate: {grid: [1e-4, 1e30]}"
+    sweep = dataclasses.replace(small(directory, space, "run.name=f", f"run.storage={directory}"))
+    with pytest.raises(TrainingError, match=r"1 of 2 trials failed \(.*continue with --resume"):
+        run_sweep(sweep)
+    good, bad = sweep.trials
+    manifests = [train_manifest(trial.directory) for trial in (good, bad)]
+    assert [manifest and manifest["status"] for manifest in manifests] == ["done", "started"]
+    wait_for(lambda: not left_over(), f"everything free: {left_over()}", 30)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_is_continued_where_it_was(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    from tuning.run import run_sweep
+
+    space = "train.max_steps: 60\ntrain.checkpoint_every: 2\ntrain.beta: {grid: [0.1, 0.3]}"
+    sweep = small(tmp_path, space)
+    arguments = [*(f"run.storage={tmp_path}", "run.name=s"), *SMALL]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "sweep", "--space", str(tmp_path / "own.yaml"), *arguments],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    files = [trial.directory / "train" / "metrics.jsonl" for trial in sweep.trials]
+    try:
+        wait_for(lambda: any(len(read_records(file)) >= 6 for file in files), "six updates of a trial", 200)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert not all((trial.directory / "train" / "manifest.json").exists() and
+                   json.loads((trial.directory / "train" / "manifest.json").read_text())["status"] == "done"
+                   for trial in sweep.trials)  # fmt: skip
+    wait_for(lambda: ray.available_resources().get("CPU") == 2.0, "all CPUs free after the kill", 60)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "cache").rglob("*.parquet")}
+    assert made
+    result = run_sweep(small(tmp_path, space, is_resumed=True))
+    assert [len(point.seeds) for point in result.points] == [1, 1]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "cache").rglob("*.parquet")} == made
+    for file in files:
+        assert [record["step"] for record in read_records(file)] == list(range(1, 61))
+    assert not list((tmp_path / "s" / "trials").rglob(STOPPED_FILE))
