@@ -7,6 +7,8 @@ schema, the shipped files, the source tree. Nothing is run and Ray is not starte
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -71,27 +73,28 @@ def inline(page: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
 
 
-def command_lines(page: str) -> list[list[str]]:
-    """Words of every command line, comments and environment taken off: of bash blocks, and inline ones of raylign.
+@dataclass(frozen=True)
+class Line:
+    """Words of a command line, and whether it merely mentions the command, as prose does: then arguments may lack."""
 
-    Inline words that merely name a command, such as "raylign compare", ask for its help.
-    """
+    words: list[str]
+    is_mention: bool
+
+
+def command_lines(page: str) -> list[Line]:
+    """Every command line, comments and environment taken off: of bash blocks, and inline ones."""
     lines = []
     for block in fenced(page):
         if block.language == "bash":
-            lines += block.text.replace("\\\n", " ").splitlines()
-    for span in inline(page):
-        if span.startswith("raylign "):
-            lines.append(span if re.search(r"[=A-Z-]|\.\.\.", span) else f"{span} --help")
-        elif span.startswith(("python -m ", "bash ")):
-            lines.append(span)
+            lines += [(line, False) for line in block.text.replace("\\\n", " ").splitlines()]
+    lines += [(span, True) for span in inline(page) if span.startswith(("raylign ", "python -m ", "bash "))]
     found = []
-    for line in lines:
+    for line, is_mention in lines:
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if words:
-            found.append(words)
+            found.append(Line(words, is_mention))
     return found
 
 
@@ -107,7 +110,7 @@ def _wrong_value(section: str, name: str, value: str = "") -> Iterator[str]:
     key = f"{section}.{name}"
     if name not in SECTIONS[section].model_fields:
         yield f"there is no key {key}"
-    elif value and value != "...":
+    elif value and value != "..." and not re.fullmatch("[A-Z]+", value):  # =N stands for a number
         content = merge_config(None, [f"{key}={value}"])[section]
         try:
             SECTIONS[section].model_validate(content)
@@ -142,9 +145,10 @@ def _wrong_document(content: dict[str, Any], first_line: str) -> Iterator[str]:
 
 def wrong_commands(page: str) -> Iterator[str]:
     """Command lines that the command would refuse before it does anything."""
-    for words in command_lines(page):
-        if "raylign" in [Path(word).name for word in words[:1]]:
-            yield from _wrong_raylign(words[1:])
+    for line in command_lines(page):
+        words = line.words
+        if Path(words[0]).name == "raylign":
+            yield from _wrong_raylign(words[1:], is_mention=line.is_mention)
         elif words[:3] == ["ray", "job", "submit"] and "raylign" in words:
             yield from _wrong_raylign(words[words.index("raylign") + 1 :])
         elif "-m" in words[1:2] and words[2].split(".")[0] in ("launch", "tests", "raylign", "tuning"):
@@ -158,7 +162,7 @@ def _is_shipped(name: str) -> bool:
     return any(path.is_file() for path in (CONFIGS / name, SPACES / name, SPACES / f"{name}.yaml"))
 
 
-def _wrong_raylign(words: list[str]) -> Iterator[str]:
+def _wrong_raylign(words: list[str], *, is_mention: bool = False) -> Iterator[str]:
     line = " ".join(["raylign", *words])
     command: click.Command = main
     called = ""
@@ -170,10 +174,13 @@ def _wrong_raylign(words: list[str]) -> Iterator[str]:
             return
         command = command.commands[called]
     try:
-        context = command.make_context(called, words)
+        with contextlib.redirect_stdout(io.StringIO()):  # of --help
+            context = command.make_context(called, words)
     except click.exceptions.Exit:  # --help, --version
         return
     except click.UsageError as error:
+        if is_mention and isinstance(error, click.MissingParameter):
+            return
         yield f"{line}: {error.format_message()}"
         return
     if called == "submit":
