@@ -198,6 +198,20 @@ def test_a_reward_at_the_end_has_the_gradient_of_the_sequence_estimator(problem)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
 
 
+def test_differences_of_prefix_scores_have_the_gradient_of_the_score(problem):
+    """They are a potential: what they add to rewards to go depends on the state alone. Not a reward of its own."""
+    responses, logits, _, reward = problem
+    potential = random_scores(9, 7)  # score of each prefix, the empty one among them
+    is_last = torch.cat([responses.sequence[1:] != responses.sequence[:-1], torch.tensor([True])])
+    after = torch.where(is_last, reward[responses.sequence], potential[responses.state.roll(-1)])
+    differences = after - potential[responses.state]
+    total = segment_sum(differences, responses.sequence, responses.num)
+    torch.testing.assert_close(total, reward - potential[0])
+    found, _ = mean_and_variance(problem, differences, token_group_advantages)
+    exact = objective_gradient(responses, logits, logits, reward, 0.0)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
+
+
 def test_rewards_that_read_later_tokens_have_another_gradient(problem):
     """Shares of a response's reward, as attention gives them: the sum is the reward, its gradient is not."""
     responses, logits, _, reward = problem
