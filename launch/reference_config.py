@@ -63,7 +63,7 @@ def shipped_page() -> str:
     parts += ["## Runs", *_files(CONFIGS)]
     parts += [
         "## Spaces",
-        "What a sweep searches, named without directory and ending: `raylign sweep --space beta`.",
+        "What [a sweep](../sweeps.md) searches, named without directory and ending: `raylign sweep --space beta`.",
         *_files(SPACES),
     ]
     return "\n\n".join(parts)
