@@ -195,9 +195,9 @@ def run_submit(group: click.Group, arguments: Sequence[str], options: Options) -
         submission_id=request.submission_id,
     )
     _tell("job", f"{job} submitted to {address}")
-    hint = (
-        f"follow it: ray job logs --follow --address {address} {job}; stop it: ray job stop --address {address} {job}"
-    )
+    variables = hand_variables(address, environment, has_token=os.environ.get("RAY_AUTH_MODE") == "token")
+    ray = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), "ray job"])
+    hint = f"follow it: {ray} logs --follow --address {address} {job}; stop it: {ray} stop --address {address} {job}"
     if not options.is_followed:
         _tell("job", hint)
         return 0

@@ -14,6 +14,7 @@ from raylign.calibrate_config import Calibration
 from raylign.config import EMBEDDED, RunConfig, check_devices
 from raylign.errors import MissingDependencyError, ModelError
 from raylign.runtime.phases import versions
+from raylign.runtime.resources import ResourcePlan, describe_demand
 
 BROKEN_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
@@ -63,6 +64,7 @@ def check_config(config: RunConfig) -> list[str]:
         f"prompts  {len(prompts)} ({sum(p.harmful for p in prompts)} harmful)",
         f"method   {method_name(config)}, {config.policy.adapter}, {config.resources.num_workers} worker(s)",
         *([f"sampler  {sampler}"] if config.train.method != "offline" else []),
+        *(f"demand   {line}" for line in describe_demand(ResourcePlan.from_config(config))),
     ]
 
 

@@ -57,6 +57,7 @@ def test_model_without_tokenizer_is_named(tmp_path):
 def test_check_of_the_embedded_default_passes():
     result = run("check")
     assert result.exit_code == 0, result.output
+    assert "demand   training worker   1 x (1 CPU) = 1 CPU\n" in result.output
     assert result.output.endswith("ok\n")
 
 

@@ -6,12 +6,14 @@ import json
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
 from launch.cli import main
+from launch.job_server import Outcome
 from launch.job_target import check_target, parse_target
 from launch.submit import JobRequest, hand_variables, parse_env
 from launch.upload import MAX_FILES, Upload, check_size, collect_upload
@@ -250,3 +252,75 @@ def test_rays_own_variables_do_not_lead_the_line_elsewhere() -> None:
     }
     assert hand_variables("http://h:1", {}, has_token=True) == {"RAY_AUTH_MODE": "token"}
     assert hand_variables("http://h:1", {"RAY_AUTH_MODE": "token"}, has_token=True) == {}
+
+
+# from the line to the exit code; only the server is made up
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A job server that has one node of two CPUs and remembers what it was sent; "end" says how its job ends."""
+    seen: dict[str, Any] = {"end": Outcome(exit_code=0, reason="succeeded")}
+
+    def connect(address: str) -> str:
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        return "client"
+
+    def submit_job(client: str, **sent: Any) -> str:
+        seen.update(sent)
+        return "raysubmit_1"
+
+    def follow(client: str, job: str, write: Any) -> Outcome:
+        write("line of the job\n")
+        if isinstance(seen["end"], BaseException):
+            raise seen["end"]
+        return seen["end"]
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("launch.submit.list_supply", lambda address: [{"CPU": 2.0}])
+    for stand_in in (connect, submit_job, follow):
+        monkeypatch.setattr(f"launch.submit.{stand_in.__name__}", stand_in)
+    return seen
+
+
+def test_the_log_goes_to_stdout_and_the_exit_code_is_the_jobs(project: Path, server: dict[str, Any]) -> None:
+    server["end"] = Outcome(exit_code=2, reason="failed with exit code 2: ConfigError: so")
+    result = submit("--submission-id", "mine", "--", "align", "--config", "my.yaml", SHARED)
+    assert (result.exit_code, result.stdout) == (2, "line of the job\n")
+    assert result.stderr.endswith("job      raysubmit_1 failed with exit code 2: ConfigError: so\n")
+    assert server["entrypoint"] == f"python3 -m launch.cli align --config my.yaml {SHARED}"
+    assert server["submission_id"] == "mine"
+    assert server["runtime_env"]["working_dir"] == str(project)
+
+
+def test_ctrl_c_lets_go_of_the_log_and_says_how_to_take_it_up_or_stop(project: Path, server: dict[str, Any]) -> None:
+    server["end"] = KeyboardInterrupt()
+    result = submit("--address", "http://h:1", "--", "align", SHARED)
+    assert result.exit_code == 130
+    assert "raysubmit_1 goes on" in result.stderr
+    for words in ("logs --follow", "stop"):
+        assert f"RAY_AUTH_MODE=token ray job {words} --address http://h:1 raysubmit_1" in result.stderr
+
+
+def test_a_lost_server_is_an_error_that_says_the_same(project: Path, server: dict[str, Any]) -> None:
+    server["end"] = SubmitError("lost the connection to the job server: gone")
+    result = submit("--", "align", SHARED)
+    assert result.exit_code == 1
+    assert "gone; the job goes on; follow it: RAY_AUTH_MODE=token ray job logs --follow" in result.stderr
+
+
+def test_a_plan_that_does_not_fit_is_not_sent(project: Path, server: dict[str, Any]) -> None:
+    result = submit("--", "align", SHARED, "resources.num_workers=5")
+    assert result.exit_code == 1
+    assert "supply   1 node(s) of 2 CPU\n" in result.stderr
+    assert "5 training worker(s) x 1 CPU ask for 5 CPU, the cluster has 2; lower resources.num_workers" in result.stderr
+    assert "entrypoint" not in server
+
+
+def test_no_follow_returns_at_once(project: Path, server: dict[str, Any]) -> None:
+    server["end"] = AssertionError("followed")
+    result = submit("--no-follow", "--", "align", SHARED)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "follow it: " in result.stderr
