@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TIMEOUT_S = 20.0  # of one answer
+_SEND_TIMEOUTS_S = {"PUT": 900.0, "POST": 120.0}  # of a whole upload, and of a job that has to find its agent
 _POLL_S = 1.0
 _RECONNECTS = 5
 _CHATTY = (  # they name each ignore file thrice, and warn that Ray leaves out .git
@@ -114,7 +115,9 @@ def connect(address: str) -> JobSubmissionClient:
         """Ray's client, whose requests would wait for ever."""
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": _TIMEOUT_S, **options})
+            return super()._do_request(
+                method, endpoint, **{"timeout": _SEND_TIMEOUTS_S.get(method, _TIMEOUT_S), **options}
+            )
 
     try:
         return Client(address, headers=_headers())
