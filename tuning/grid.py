@@ -136,7 +136,8 @@ def screen(data: ScreenData, settings: Sequence[tuple[PointKeys, RunConfig]], re
     """
     torch.set_num_threads(1)
     train, valid, test = (
-        tuple(torch.from_numpy(side.copy()) for side in part) for part in (data.train, data.valid, data.test)
+        (torch.from_numpy(chosen.copy()), torch.from_numpy(rejected.copy()))  # arrays of the object store are read-only
+        for chosen, rejected in (data.train, data.valid, data.test)
     )
     found: dict[int, Screened] = {}
     families: dict[str, list[int]] = {}

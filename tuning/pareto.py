@@ -33,7 +33,8 @@ def on_front(reward: Floats, cost: Floats) -> NDArray[np.bool_]:
         raise ShapeError(f"reward {reward.shape} and cost {cost.shape} must be of the same points")
     no_worse = (reward[..., None, :] >= reward[..., :, None]) & (cost[..., None, :] <= cost[..., :, None])
     better = (reward[..., None, :] > reward[..., :, None]) | (cost[..., None, :] < cost[..., :, None])
-    return ~(no_worse & better).any(-1)
+    front: NDArray[np.bool_] = np.logical_not((no_worse & better).any(-1))
+    return front
 
 
 def front_shares(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -257,10 +258,8 @@ def _domain(axis: Axis) -> Any:
 
 
 def _check_optuna() -> None:
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("sweep.search=optuna needs Optuna: pip install 'raylign[sweep]'") from error
+    if importlib.util.find_spec("optuna") is None:
+        raise MissingDependencyError("sweep.search=optuna needs Optuna: pip install 'raylign[sweep]'")
 
 
 def _optuna(sweep: Sweep) -> Any:

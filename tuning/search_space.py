@@ -120,12 +120,13 @@ def read_space(name: str) -> Space:
 
 
 def _axis(where: str, key: str, content: Mapping[str, Any]) -> Axis:
-    if len(content) != 1 or next(iter(content)) not in KINDS:
+    kind = next((kind for kind in KINDS if kind in content), None)
+    if len(content) != 1 or kind is None:
         found = ", ".join(map(str, content)) or "nothing"
         near = difflib.get_close_matches(found, KINDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"for example {key}: {{grid: [1, 2]}}"
         raise ConfigError(f"space {where}: {key} needs exactly one of {', '.join(KINDS)}, found {found}; {hint}")
-    kind, values = next(iter(content.items()))
+    values = content[kind]
     if not isinstance(values, list):
         raise ConfigError(f"space {where}: {key}.{kind} must be a list, found {values!r}")
     if kind in _LISTED:

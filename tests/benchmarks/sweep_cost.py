@@ -2,10 +2,14 @@
 
     python -m tests.benchmarks.sweep_cost --directory DIR            both sides, then the table
     python -m tests.benchmarks.sweep_cost --directory DIR --do sweep | runs | table
+    python -m tests.benchmarks.sweep_cost --do grid                  a 32-point reward grid against 32 fits; no Ray
 
 Every side is a process of its own, so that start-up counts. What is there is not done again: a part that was killed is
 repeated. The table shows wall seconds, reserved CPU-seconds from the ledgers, and the ratios. The sweep measures no
 drift; the runs measure it on as few prompts as there can be.
+
+The reward grid is eight ensemble sizes with four replicates each, on made-up states of the size of the embedded data,
+one thread. Both sides run in turn; that the grid equals the fits is shown in tests/tuning/test_grid.py.
 """
 
 from __future__ import annotations
@@ -13,14 +17,22 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from raylign.config import load_config
 from raylign.cost.rows import Cost, read_ledger, total
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.phases import versions, write_json
+from raylign.runtime.reward_job import head_fitter
+from tests.benchmarks.ensemble_grid import NUM_PAIRS, NUM_VALID, made_up
+from tuning.grid import fit_sizes
 
 AXES = {"constraint.multiplier": [0.5, 1.0, 2.0, 5.0], "train.beta": [0.05, 0.1, 0.15, 0.3]}
 COMMON = {
@@ -33,6 +45,7 @@ COMMON = {
 }
 RUN_ONLY = {"evaluate.drift_prompts": 4, "evaluate.drift_candidates": 2}
 SIDES = ("sweep", "runs")
+SIZES, REPLICATES = (1, 2, 3, 4, 5, 6, 8, 10), 4
 
 
 def points() -> list[dict[str, float]]:
@@ -94,12 +107,54 @@ def table(directory: Path) -> str:
     return "\n".join([*lines, json.dumps(versions())])
 
 
+def grid(repeats: int) -> str:
+    """Seconds of one pass over all sizes and replicates, and of a fit for each."""
+    torch.set_num_threads(1)
+    train, valid = made_up(NUM_PAIRS, 0), made_up(NUM_VALID, 1)
+    configs = {size: load_config(values={"reward": {"kind": "ensemble", "num_heads": size}}) for size in SIZES}
+
+    def one_pass() -> None:
+        fit_sizes(train, valid, configs[max(SIZES)], [(size, True) for size in SIZES], REPLICATES)
+
+    def separate() -> None:
+        for replicate in range(REPLICATES):
+            for config in configs.values():
+                run = config.run.model_copy(update={"seed": replicate})
+                seeded = config.model_copy(update={"run": run})
+                head_fitter(train, ["one"] * NUM_PAIRS, valid, seeded)(torch.arange(NUM_PAIRS))
+
+    seconds: dict[str, list[float]] = {"one pass": [], "32 fits": []}
+    for _ in range(repeats):
+        for name, work in (("one pass", one_pass), ("32 fits", separate)):
+            seconds[name].append(elapsed(work))
+    ratios = [apart / together for together, apart in zip(*seconds.values(), strict=True)]
+    lines = [
+        f"sizes {SIZES} x {REPLICATES} replicates, {repeats} repeats",
+        "",
+        "| side | seconds, median |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {statistics.median(values):.2f} |" for name, values in seconds.items()]
+    lines.append(f"| ratio | {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] |")
+    return "\n".join([*lines, json.dumps(versions())])
+
+
+def elapsed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--do", choices=[*SIDES, "all", "table"], default="all")
+    parser.add_argument("--directory", type=Path, default=Path("runs/sweep-cost"))
+    parser.add_argument("--do", choices=[*SIDES, "all", "table", "grid"], default="all")
+    parser.add_argument("--repeats", type=int, default=3, help="of the reward grid")
     parser.add_argument("--limit", type=int, default=len(points()), help="separate runs at most, in this call")
     arguments = parser.parse_args()
+    if arguments.do == "grid":
+        print(grid(arguments.repeats))
+        return
     arguments.directory.mkdir(parents=True, exist_ok=True)
     if arguments.do in ("sweep", "all"):
         sweep(arguments.directory)
