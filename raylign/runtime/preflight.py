@@ -11,7 +11,7 @@ import ray
 from raylign.config import EMBEDDED, RunConfig
 from raylign.runtime.progress import phase_line
 from raylign.runtime.resources import ResourcePlan, check_plan, describe_demand, describe_supply
-from raylign.runtime.storage import check_job_storage, check_visible
+from raylign.runtime.storage import check_job_storage, check_visible, is_in_job_copy
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -28,13 +28,13 @@ def check_cluster(config: RunConfig) -> None:
         _show("demand", tuple(describe_demand(plan)))
         _show("supply", tuple(describe_supply(resources)))
     check_plan(plan, ray.cluster_resources(), resources)
-    context = ray.get_runtime_context()
-    if "working_dir" in context.runtime_env:
+    if is_in_job_copy(os.environ):
         check_job_storage(config.run.storage)
+    here = ray.get_runtime_context().get_node_id()
     others = {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in living
-        if node["NodeID"] != context.get_node_id() and (node["Resources"].keys() & {"CPU", "GPU"})
+        if node["NodeID"] != here and (node["Resources"].keys() & {"CPU", "GPU"})
     }
     if others:
         check_visible(Path(config.run.storage).expanduser().absolute(), local_inputs(config), others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,16 @@ def check_job_storage(storage: str) -> None:
             "which Ray removes when it needs the room; name storage that every node sees, for example "
             "run.storage=/shared/runs"
         )
+
+
+def is_in_job_copy(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the entrypoint of a Ray job that was shipped a working directory.
+
+    Args:
+        environment: of the process; the job server describes the job in it.
+    """
+    job = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return "working_dir" in job.get("runtime_env", {})
 
 
 def check_visible(storage: Path, inputs: Mapping[str, str], nodes: Mapping[str, str]) -> None:

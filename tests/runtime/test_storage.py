@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylign.errors import ConfigError
-from raylign.runtime.storage import check_job_storage, missing_report
+from raylign.runtime.storage import check_job_storage, is_in_job_copy, missing_report
 
 
 def test_a_relative_storage_is_refused_for_jobs() -> None:
@@ -14,6 +14,13 @@ def test_a_relative_storage_is_refused_for_jobs() -> None:
     for storage in ("runs", "./runs", "../runs"):
         with pytest.raises(ConfigError, match=rf"run\.storage={storage} is relative: .*run\.storage=/shared/runs"):
             check_job_storage(storage)
+
+
+def test_only_the_entrypoint_of_a_job_runs_in_a_copy() -> None:
+    name = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+    assert is_in_job_copy({name: '{"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}, "metadata": {}}'})
+    assert not is_in_job_copy({name: '{"runtime_env": {"env_vars": {}}}'})  # nothing was shipped
+    assert not is_in_job_copy({})
 
 
 def test_every_unseen_path_is_told_with_the_nodes_that_miss_it() -> None:
