@@ -17,6 +17,18 @@ _API = """# Python API
 What `import raylign` offers; the names are imported on first use, so that the import itself loads neither torch nor
 Ray. Nothing here starts Ray. The [configuration keys](config.md) that a call takes as options are those of the section
 it names; mistakes raise a [named error](errors.md).
+
+```python
+import ray
+import raylign
+
+ray.init()
+result = raylign.align(raylign.load_config("my.yaml", ["run.name=from-python", "train.beta=0.1"]))
+print(result.table, result.checkpoint)
+```
+
+The phases one by one, with Datasets of yours in between: `ingest`, `extract_features`, `fit_reward`, `rank`, `train`
+or `train_online`, `evaluate`.
 """
 _RESULTS = """## What they return
 
@@ -112,7 +124,7 @@ def _type_entry(node: ast.ClassDef, shown: Collection[str]) -> str:
 
 
 def signature(node: ast.FunctionDef) -> str:
-    """Call of a function with its annotations and defaults, one argument a line where there are several."""
+    """Head of a function with its annotations and defaults, one argument a line where there are several."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -126,9 +138,9 @@ def signature(node: ast.FunctionDef) -> str:
         parts.append(f"**{ast.unparse(arguments.kwarg)}")
     returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     if len(parts) < 3:
-        return f"{node.name}({', '.join(parts)}){returned}"
+        return f"def {node.name}({', '.join(parts)}){returned}: ..."
     inner = "".join(f"    {part},\n" for part in parts)
-    return f"{node.name}(\n{inner}){returned}"
+    return f"def {node.name}(\n{inner}){returned}: ..."
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:

@@ -169,6 +169,8 @@ def _wrong_raylign(words: list[str], *, is_mention: bool = False) -> Iterator[st
     words = list(words)
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         called = words.pop(0)
+        if called == "COMMAND":  # any
+            return
         if called not in command.commands:
             yield f"{line}: there is no command {called}"
             return

@@ -23,8 +23,10 @@ from launch.cli import CONFIGS
 from launch.reference_config import FILES
 from raylign.data.schema import parse_row
 
-# the pages in docs/reference are written from the code, see tests/launch/test_reference.py
-PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT / "docs" if path.name != "README.md" else ROOT).as_posix(): path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 CHECKS = {check.__name__: check for check in (wrong_commands, wrong_files, wrong_keys, wrong_python, wrong_yaml)}
 
 
@@ -122,7 +124,8 @@ def test_an_anchor_without_a_heading_is_found():
 
 
 def test_shipped_files_are_named_somewhere():
-    text = "".join(path.read_text(encoding="utf-8") for path in PAGES.values())
+    guides = [path for name, path in PAGES.items() if not name.startswith("reference/")]  # these show them all
+    text = "".join(path.read_text(encoding="utf-8") for path in guides)
     assert not {path.name for path in CONFIGS.glob("*.yaml") if path.name not in text}
 
 
@@ -131,3 +134,12 @@ def test_example_rows_are_read():
     pairs = [parse_row(json.loads(line)) for line in "".join(blocks).splitlines()]
     assert {(pair.chosen, pair.rejected) for pair in pairs} == {("Hello!", "Go away.")}
     assert [len(pair.prompt) for pair in pairs] == [1, 1, 1, 2]
+
+
+def test_the_example_of_a_ledger_runs(tmp_path, monkeypatch, capsys):
+    (code,) = [
+        block.text for block in fenced(PAGES["costs.md"].read_text(encoding="utf-8")) if block.language == "python"
+    ]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "generated_tokens=812" in capsys.readouterr().out
