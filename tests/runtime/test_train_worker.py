@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table, write_pairs
 
 from raylign.config import load_config
 from raylign.errors import DataError
+from raylign.models.forward import PolicyForward
+from raylign.models.token_forward import TokenForm
 from raylign.rewards.hybrid import HybridReward
 from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.identity import base_model_name, method_identity, run_identity
-from raylign.runtime.train_worker import WorkerTask, build_live_confidence
+from raylign.runtime.train_worker import WorkerTask, build_live_confidence, build_state
 from raylign.training.micro_batches import Packing
+from raylign.training.order import DataOrder
 from raylign.training.table import PairTable, read_split
 from raylign.training.world import World
 
@@ -102,6 +107,22 @@ def test_without_stored_layers_those_of_the_configuration_are_read(tmp_path):
 def test_layers_that_do_not_fit_the_heads_or_the_policy_are_refused(tmp_path, layers, num_head_layers):
     with pytest.raises(DataError, match=r"reward heads read \d layers.*features\.layers"):
         build_live(make_task(tmp_path, LIVE, layers=layers, num_head_layers=num_head_layers))
+
+
+def test_variational_objectives_get_their_policy_and_others_the_plain_one(tmp_path):
+    table = PairTable(tiny_table(4))
+    order = DataOrder(num_pairs=4, batch_size=4, seed=0, epochs=1)
+    ava = ["train.objective=ava_d", "ava.q_from=probs", "ava.logit_scale=9", "ava.sigma_floor=0.2"]
+    task = make_task(tmp_path, *ava)
+    state, _ = build_state(task, table, order, World())
+    assert state.policy.form == TokenForm(q_from="probs", logit_scale=9, sigma_floor=0.2)
+    optimised = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in state.policy.token_heads.parameters()} < optimised
+    assert state.variational is not None
+
+    plain, _ = build_state(dataclasses.replace(task, config=load_config()), table, order, World())
+    assert type(plain.policy) is PolicyForward
+    assert plain.variational is None
 
 
 def test_hub_ids_stay_and_directories_are_resolved(tmp_path):
