@@ -37,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "raylign.egg-info/PKG-INFO": "x",
         "wandb/run": "x",
         "ignored/pairs.jsonl": "{}\n",
-        "sub/deep.txt": "é",
+        "sub/dé.txt": "x",
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -62,12 +62,12 @@ def test_the_upload_is_what_ray_packs_to_the_byte(project: Path, tmp_path: Path)
     from ray._private.runtime_env.packaging import create_package
 
     upload = collect_upload(project, ["sub/*.bin"])
-    assert [name for name, _ in upload.files] == [".gitignore", "my.yaml", "pairs.jsonl", "sub/deep.txt"]
+    assert [name for name, _ in upload.files] == [".gitignore", "my.yaml", "pairs.jsonl", "sub/dé.txt"]
     package = tmp_path / "package.zip"
     excludes = [*get_runtime_env_default_excludes(), *upload.excludes]
     create_package(str(project), package, include_gitignore=True, excludes=excludes)
     assert package.stat().st_size == upload.num_bytes
-    assert "sub/deep.txt" not in dict(collect_upload(project, ["sub/"]).files)
+    assert "sub/dé.txt" not in dict(collect_upload(project, ["sub/"]).files)
 
 
 def test_too_large_an_upload_names_the_largest_files(project: Path) -> None:
