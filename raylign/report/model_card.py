@@ -8,6 +8,8 @@ from raylign.config import EMBEDDED
 from raylign.report.data import NotMeasured, ReportData
 from raylign.report.wording import METRIC_ROWS, format_interval, format_number, judge_outcome, shown_name
 
+_NOT_DPO = ("sft", "ava_p", "ava_d", "policy gradient")  # objectives that are no form of DPO
+
 
 def render_model_card(data: ReportData) -> str:
     """The card as Markdown.
@@ -54,7 +56,8 @@ def _front_matter(data: ReportData) -> str:
     if dataset != data.dataset:
         content["datasets"] = ["/".join(dataset.split("/")[:2])]
     content["pipeline_tag"] = "text-generation"
-    content["tags"] = ["raylign", "dpo", "safety", "alignment", data.objective]
+    family = [] if data.objective in _NOT_DPO else ["dpo"]
+    content["tags"] = list(dict.fromkeys(["raylign", *family, "safety", "alignment", data.objective]))
     content["license"] = "other"
     content["license_name"] = "see-model-card"
     content["license_link"] = "README.md"

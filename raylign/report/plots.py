@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from raylign.report.data import ConfidenceFacts, LayerPoint
 from raylign.report.figures import (
     BLUE,
+    COLORS,
     GREEN,
     GREY,
     ORANGE,
@@ -48,14 +49,29 @@ _CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Training pairs in stored order", (("rewards/accuracies", "accuracy"),)),
     ("Mean label confidence", (("confidence/mean", "confidence"),)),
     ("Pairs flipped (confidence < 1/2)", (("confidence/flips", "flips"),)),
+    (
+        "Training pairs in stored order, by AVA's scores",
+        (
+            ("ava/accuracies/last", "last reward"),
+            ("ava/accuracies/sum", "sum of rewards"),
+            ("ava/accuracies/log_prob", "log-probability"),
+        ),
+    ),
+    ("Sigma of tokens' rewards", (("ava/sigma/mean", "mean"), ("ava/sigma/min", "smallest"))),
+    (
+        "Gradient of AVA's terms in the trunk's outputs",
+        tuple((f"ava/trunk_grad_norm/{term}", term) for term in ("likelihood", "negative", "kl", "td", "cer")),
+    ),
     ("Reward of sampled responses", (("critic/score/mean", "mean reward"),)),
     ("Length of sampled responses (tokens)", (("response_length/mean", "length"),)),
     ("Responses cut at the length limit", (("response_length/clip_ratio", "cut"),)),
     ("KL of sampled responses from the reference (nats)", (("sampler/reference_kl", "KL"),)),
     ("Response tokens clipped", (("actor/clip_fraction", "clipped"),)),
 )
+_LINES = ("o-", "s--", "^:", "v-.", "D-")
 _SHARES = {
     "rewards/accuracies",
+    "ava/accuracies/last",
     "confidence/mean",
     "confidence/flips",
     "response_length/clip_ratio",
@@ -150,7 +166,7 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Figure:
     figure = new_figure(3.6 * num_columns, 2.7 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes, (title, series) in zip(grid, panels, strict=False):
-        for (name, label), color, style in zip(series, (BLUE, VERMILION), ("o-", "s--"), strict=False):
+        for (name, label), color, style in zip(series, COLORS, _LINES, strict=False):
             points = [(record["step"], record[name]) for record in records if name in record]
             axes.plot(*zip(*points, strict=True), style, color=color, ms=3, label=label)
         axes.set_title(title, fontsize=10)

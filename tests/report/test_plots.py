@@ -27,6 +27,14 @@ def test_all_figures_of_a_run(report_data):
         assert_drawn(figure)
 
 
+def test_every_term_of_a_variational_run_is_drawn():
+    terms = ("likelihood", "negative", "kl", "td", "cer")
+    records = [{"step": s, **{f"ava/trunk_grad_norm/{term}": 0.1 * s for term in terms}} for s in (1, 2)]
+    (axes,) = plots.training_curves(records).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(terms)
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 5
+
+
 def flat_confidence(num_flips: int) -> ConfidenceFacts:
     return ConfidenceFacts(
         num_pairs=5, num_flips=num_flips, mean=0.9, histogram=(0, 5) if not num_flips else (5, 0), edges=(0, 0.5, 1)

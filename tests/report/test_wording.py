@@ -87,6 +87,10 @@ def test_model_card_front_matter_and_numbers(report_data, replace):
     assert format_interval(report_data.comparison.after.attack_success, "share") in card
     assert "Over-refusal" in card
     assert "Research only." in card
+    tuned = yaml.safe_load(render_model_card(replace(report_data, objective="sft")).split("---")[1])
+    assert tuned["tags"] == ["raylign", "safety", "alignment", "sft"]
+    plain = yaml.safe_load(render_model_card(replace(report_data, objective="dpo")).split("---")[1])
+    assert plain["tags"] == ["raylign", "dpo", "safety", "alignment"]
     local = render_model_card(replace(report_data, base_model="/data/m", reward=NotMeasured(reason="none fitted")))
     assert "base_model" not in yaml.safe_load(local.split("---")[1])
     assert "not measured: none fitted" in local
