@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from docutils import nodes
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -32,14 +34,27 @@ def add_toctree(app: Sphinx, name: str, source: list[str]) -> None:
     seen: set[str] = set()
     for part in source[0].split("\n## ")[1:]:
         caption, _, body = part.partition("\n")
-        pages = [page for page in re.findall(r"\]\(([\w/-]+)\.md\)", body) if page not in seen]
-        pages = list(dict.fromkeys(pages))
+        pages = [page for page in dict.fromkeys(re.findall(r"\]\(([\w/-]+)\.md\)", body)) if page not in seen]
         seen.update(pages)
         if pages:
             source[0] += "\n\n```{toctree}\n:hidden:\n:caption: " + "\n".join([caption, "", *pages]) + "\n```\n"
 
 
+def link_papers(app: Sphinx, doctree: nodes.document, name: str) -> None:
+    """Make a link of every arXiv:NNNN.NNNNN, or "paper NNNN.NNNNN", in prose."""
+    for text in list(doctree.findall(nodes.Text)):
+        parts = re.split(r"((?:arXiv:|paper )\d{4}\.\d{5})", text)
+        if len(parts) > 1 and isinstance(text.parent, nodes.paragraph | nodes.emphasis | nodes.strong):
+            addresses = [f"https://arxiv.org/abs/{part[-10:]}" if index % 2 else "" for index, part in enumerate(parts)]
+            linked = [
+                nodes.reference(part, part, refuri=address) if address else nodes.Text(part)
+                for part, address in zip(parts, addresses, strict=True)
+            ]
+            text.parent.replace(text, linked)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Connect the sidebar."""
+    """Connect the sidebar and the links to papers."""
     app.connect("source-read", add_toctree)
+    app.connect("doctree-resolved", link_papers)
     return {"parallel_read_safe": True}
