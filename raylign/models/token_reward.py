@@ -50,6 +50,9 @@ class TokenReward:
         scale: factor of each member's score, None for 1. Shape (M,).
         shift: added to each scaled score, None for 0. Shape (M,), reward units.
         batch_tokens: token budget of one forward, padding included.
+
+    Attributes:
+        forward: as given, in evaluation mode.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class TokenReward:
         shift: torch.Tensor | None = None,
         batch_tokens: int = 4096,
     ) -> None:
-        self._forward = forward.eval().requires_grad_(False)
+        self.forward = forward.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._reader = ConversationReader(tokenizer)
         self._members = tuple(members)
@@ -186,10 +189,10 @@ class TokenReward:
         check_positions(max(map(longest_sequence, pairs), default=0), self._max_tokens)
         found = []
         for name in self._members:
-            self._forward.activate(name)
+            self.forward.activate(name)
             found.append(
                 read_pairs(
-                    self._forward,
+                    self.forward,
                     pairs,
                     layout=self._layout,
                     pad_token_id=self._pad_token_id,

@@ -171,7 +171,7 @@ def fit_members(
     groups = [list(range(reward.num_heads))] if is_joint else [[member] for member in range(reward.num_heads)]
     shared = ray.put((train, valid))
     resources = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": 0}
-    remote_fit = ray.remote(_fit_group).options(**resources)
+    remote_fit = ray.remote(fit_group).options(**resources)
     fitted = _collect([remote_fit.remote(shared, task, group) for group in groups], timeout_s)
     records = [record for group_records in fitted for record in group_records]
     rewards_nM = torch.stack([record.pop("valid_rewards").flatten() for record in records], dim=1)
@@ -246,8 +246,17 @@ def _collect(references: Sequence[Any], timeout_s: float) -> list[Any]:
     return results
 
 
-def _fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequence[int]) -> list[dict[str, Any]]:
-    """Train some members in one process, save them, and say how they do on the validation pairs."""
+def fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequence[int]) -> list[dict[str, Any]]:
+    """Train some members in one process, save them, and say how they do on the validation pairs.
+
+    Args:
+        pairs: training and validation pairs, with `TOKEN_COLUMNS`.
+        task: of the fit.
+        members: their numbers.
+
+    Returns:
+        Facts of each member, among them `valid_rewards` (2, N).
+    """
     started_s = time.monotonic()
     if not task.num_gpus:
         torch.set_num_threads(max(1, int(task.num_cpus)))

@@ -21,7 +21,7 @@ from raylign.models.token_forward import TokenOutputs, TokenRewardForward
 from raylign.training.reward_model import MemberTraining, weighted_batches
 from raylign.types import TokenizedPair
 
-NUM_RECORDS = 6  # per member; each one costs a backward pass of the batch per term
+NUM_RECORDS = 4  # per member; each one costs a backward pass of the batch per term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,8 +177,8 @@ def test_pairs_texts_and_single_responses_have_one_belief(policy_dir, tokenizer,
 
 
 def read_member(reward: TokenReward, name: str) -> TokenOutputs:
-    reward._forward.activate(name)
-    return read(reward._forward, [pair(RESPONSES[0], RESPONSES[1])])
+    reward.forward.activate(name)
+    return read(reward.forward, [pair(RESPONSES[0], RESPONSES[1])])
 
 
 @pytest.mark.parametrize("score", ["last", "sum", "mean"])

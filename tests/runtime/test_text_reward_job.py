@@ -26,7 +26,7 @@ from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.merge import weights_hash
 from raylign.runtime.execution import execution
 from raylign.runtime.features_job import pairs_from_table
-from raylign.runtime.text_reward_job import FitTask, _collect, _fit_group, _merge, _read_pairs, fit_members
+from raylign.runtime.text_reward_job import FitTask, _collect, _merge, _read_pairs, fit_group, fit_members
 from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, PairScorer, make_text_reward, score_dataset
 
 SECTION = RewardModelSection(lora_rank=2, lora_alpha=4, epochs=3, batch_size=8, learning_rate=1e-2, batch_tokens=512)
@@ -201,7 +201,7 @@ def fit_here(table: pa.Table, policy_dir: Path, directory: Path, kind: str) -> t
         num_cpus=1,
         num_gpus=0,
     )
-    records = [record for member in range(2) for record in _fit_group(parts, task, [member])]
+    records = [record for member in range(2) for record in fit_group(parts, task, [member])]
     return task, parts, records
 
 
@@ -254,11 +254,11 @@ def test_members_of_an_ensemble_start_at_their_own_heads_and_fits_repeat_to_the_
 
 def test_members_of_one_task_are_those_of_their_own_tasks_unless_diversity_couples_them(table, policy_dir, tmp_path):
     task, parts, alone = fit_here(table, policy_dir, tmp_path, "lora_ensemble")
-    together = _fit_group(parts, task, [0, 1])
+    together = fit_group(parts, task, [0, 1])
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one["valid_rewards"], other["valid_rewards"])
     pull = SECTION.model_copy(update={"diversity_weight": 1.0})
-    coupled = _fit_group(parts, replace(task, reward_model=pull), [0, 1])
+    coupled = fit_group(parts, replace(task, reward_model=pull), [0, 1])
     assert not torch.equal(coupled[0]["valid_rewards"], together[0]["valid_rewards"])
 
 

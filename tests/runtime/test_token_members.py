@@ -20,7 +20,7 @@ from raylign.config import AvaSection, PolicySection, RewardModelSection, Reward
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.rank_job import scored_beliefs
-from raylign.runtime.text_reward_job import FitTask, _fit_group
+from raylign.runtime.text_reward_job import FitTask, fit_group
 from raylign.runtime.text_reward_phase import floor_warnings, text_key
 from raylign.runtime.text_rewards import PairScorer, make_text_reward
 from raylign.runtime.token_members import kind_facts
@@ -59,7 +59,7 @@ def fit_here(table: pa.Table, policy_dir: Path, directory: Path, kind: str, **ch
         num_gpus=0,
     )
     parts = tuple(table.filter(pc.equal(table["split"], split)) for split in ("train", "valid"))
-    records = [record for member in range(num_heads) for record in _fit_group(parts, task, [member])]
+    records = [record for member in range(num_heads) for record in fit_group(parts, task, [member])]
     facts = {"kind": kind, "names": task.names, "scale": None, "shift": None, "seed": 3, **kind_facts(task)}
     (directory / "text_reward.json").write_text(json.dumps(facts))
     return records
@@ -77,7 +77,7 @@ def test_members_learn_a_planted_preference_and_state_a_sigma(table, policy_dir,
         assert record["valid_accuracies"]["log_prob"] > 0.9
         assert record["sigma"]["min"] > 0.1 and record["sigma"]["floor_share"] == 0
         first, last = record["terms"][0], record["terms"][-1]
-        assert (first["update"], last["update"], len(record["terms"])) == (1, record["num_updates"], 6)
+        assert (first["update"], last["update"], len(record["terms"])) == (1, record["num_updates"], 4)
         assert last["terms"]["likelihood"] > first["terms"]["likelihood"]
         assert last["terms"]["cer"] > first["terms"]["cer"]
         assert all(math.isfinite(norm) for term in record["terms"] for norm in term["grad_norms"].values())
