@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from raylign.config import TEXT_REWARDS, RunConfig
+from raylign.config import RunConfig
 from raylign.evaluation.metrics import brier, expected_calibration_error
 from raylign.rewards.confidence import count_flips, fit_temperature, pair_confidence
 from raylign.rewards.fit import fit_hybrid, member_weights
@@ -27,14 +27,11 @@ from raylign.rewards.posterior import RewardHead
 from raylign.runtime.pair_states import PairStates
 from raylign.runtime.reward_job import Held, head_fitter
 from tuning.search_space import PointKeys
+from tuning.sweep_config import reads_confidence
 
 Pairs = tuple[torch.Tensor, torch.Tensor]  # chosen and rejected states, each (N, L, D)
 ScreenMetric = Literal["brier", "ece", "accuracy"]
 
-CHEAP_KEYS = frozenset(
-    {"confidence.alpha", "confidence.floor", "confidence.center", "confidence.squash", "confidence.temperature"}
-)
-_CHEAP_SECTIONS = ("reward.", "brme.")
 _FLOOR = "confidence.floor"
 _NOT_OF_A_FIT = {"num_heads", "standardize"}
 
@@ -69,13 +66,14 @@ class ScreenData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """How well one fit orders pairs, and how well its label confidence says so.
+    """How well one fit orders pairs, and how well it knows.
 
     Attributes:
         accuracy: share of pairs in stored order.
-        ece: expected calibration error of the label confidence before its floor.
+        ece: expected calibration error of the label confidence before its floor; where the method reads none, of the
+            probability of the stored order at a temperature fitted to validation pairs.
         brier: Brier score of the same.
-        flips: share of pairs whose stored order the label confidence, floor included, reverses.
+        flips: share of pairs whose stored order the label confidence, floor included, or that probability reverses.
     """
 
     accuracy: float
@@ -105,22 +103,6 @@ class Screened:
         """The inverse of `dataclasses.asdict`."""
         sides = {side: tuple(Quality(**quality) for quality in content[side]) for side in ("valid", "test")}
         return Screened(keys=content["keys"], num_heads=content["num_heads"], **sides)
-
-
-def is_cheap(key: str) -> bool:
-    """Whether what a key changes shows on cached states."""
-    return key in CHEAP_KEYS or key.startswith(_CHEAP_SECTIONS)
-
-
-def cheap_part(keys: PointKeys) -> dict[str, Any]:
-    """The cheap keys of a point."""
-    return {key: value for key, value in keys.items() if is_cheap(key)}
-
-
-def can_screen(config: RunConfig) -> bool:
-    """Whether a reward is fitted to cached states and becomes a label confidence."""
-    is_read = config.train.method == "offline" and config.train.objective == "label_confidence"
-    return is_read and config.reward.kind not in TEXT_REWARDS
 
 
 def screen(data: ScreenData, settings: Sequence[tuple[PointKeys, RunConfig]], replicates: int) -> list[Screened]:
@@ -230,9 +212,8 @@ def fit_sizes(
 def _judge(keys: PointKeys, config: RunConfig, num_heads: int, valid: Sequence[Held], test: Sequence[Held]) -> Screened:
     qualities: dict[str, list[Quality]] = {"valid": [], "test": []}
     for of_valid, of_test in zip(valid, test, strict=True):
-        temperature = config.confidence.temperature
-        if temperature == "fitted":
-            temperature = fit_temperature(of_valid.margin)
+        fixed = config.confidence.temperature
+        temperature = fit_temperature(of_valid.margin) if fixed == "fitted" else fixed
         center = of_valid.mean_reward if config.confidence.center == "ema" else 0.0
         for name, held in (("valid", of_valid), ("test", of_test)):
             qualities[name].append(quality(held, config, center=center, temperature=temperature))
@@ -244,10 +225,12 @@ def quality(held: Held, config: RunConfig, *, center: float, temperature: float)
 
     Args:
         held: beliefs about both answers of the pairs.
-        config: section confidence.
+        config: section confidence, where the method reads it.
         center: mean reward that is subtracted.
         temperature: reward units.
     """
+    if not reads_confidence(config):
+        return _quality(held, belief=held.margin.preference_prob(temperature), flips=None)
 
     def gamma(floor: float) -> torch.Tensor:
         return pair_confidence(
@@ -262,12 +245,16 @@ def quality(held: Held, config: RunConfig, *, center: float, temperature: float)
             temperature=temperature,
         ).label_confidence
 
-    belief = gamma(0.0).numpy()  # calibration is of the belief, not of what the floor allows
+    # calibration is of the belief, not of what the floor allows
+    return _quality(held, belief=gamma(0.0), flips=count_flips(gamma(config.confidence.floor)))
+
+
+def _quality(held: Held, *, belief: torch.Tensor, flips: torch.Tensor | None) -> Quality:
     return Quality(
         accuracy=held.accuracy,
-        ece=expected_calibration_error(belief),
-        brier=brier(belief),
-        flips=float(count_flips(gamma(config.confidence.floor))) / len(belief),
+        ece=expected_calibration_error(belief.numpy()),
+        brier=brier(belief.numpy()),
+        flips=float(count_flips(belief) if flips is None else flips) / len(belief),
     )
 
 

@@ -25,10 +25,10 @@ from raylign.runtime.progress import phase_line
 from raylign.runtime.run_phases import Phases, check_demand, open_phases
 from tuning.collect import REWARDS, SHARED, collect, evaluate_seed
 from tuning.concurrency import trials_at_once
-from tuning.grid import ScreenData, Screened, can_screen, cheap_part, survivors, timed_screen
+from tuning.grid import ScreenData, Screened, survivors, timed_screen
 from tuning.result import SweepResult
 from tuning.search_space import Axis, PointKeys
-from tuning.sweep_config import Sweep, SweepSection, Trial, check_differ
+from tuning.sweep_config import Sweep, SweepSection, Trial, cheap_part, check_differ
 from tuning.trial import (
     IS_DONE,
     REWARD_SECTIONS,
@@ -106,7 +106,7 @@ def run_sweep(sweep: Sweep) -> SweepResult:
 
 def _screen(shared: Phases, sweep: Sweep, features: Path, features_digest: str) -> tuple[tuple[Screened, ...], float]:
     """Cheap settings, judged on cached states in one task; nothing when no axis is cheap."""
-    settings = cheap_settings(sweep)
+    settings = sweep.cheap_settings
     if not settings:
         return (), 0.0
     key = {
@@ -130,17 +130,6 @@ def _screen(shared: Phases, sweep: Sweep, features: Path, features_digest: str) 
     shared.run.devices = {**shared.run.devices, "screen": {"cpu": 1.0}}
     _, facts = shared.run.phase("screen", key, work)
     return tuple(Screened.from_plain(row) for row in facts["rows"]), facts["seconds"]
-
-
-def cheap_settings(sweep: Sweep) -> list[tuple[PointKeys, RunConfig]]:
-    """Distinct cheap parts of the points, each with a configuration that has it and the seed of the sweep."""
-    found: dict[str, tuple[PointKeys, RunConfig]] = {}
-    for keys in sweep.points:
-        part = cheap_part(keys)
-        config = sweep.trial(keys, sweep.base.run.seed).config
-        if part and can_screen(config):
-            found.setdefault(repr(part), (part, config))
-    return list(found.values()) if len(found) > 1 else []
 
 
 def _kept(sweep: Sweep, rows: Sequence[Screened]) -> list[PointKeys]:
@@ -180,8 +169,8 @@ def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_con
         if search is not None
         else {"trial": tune.grid_search([{"keys": dict(trial.keys), "seed": trial.seed} for trial in planned])},
         tune_config=tune.TuneConfig(
-            metric=settings.metric if search is not None or settings.scheduler == "asha" else None,
-            mode=settings.mode if search is not None or settings.scheduler == "asha" else None,
+            metric=sweep.compared_metric,
+            mode=None if sweep.compared_metric is None else settings.mode,
             search_alg=search,
             scheduler=_scheduler(settings),
             num_samples=settings.num_samples if search is not None else 1,

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from raylign.compare_config import DRIFT_KEYS
 from raylign.config import (
+    TEXT_REWARDS,
     RunConfig,
     Section,
     cost_source,
@@ -31,6 +32,10 @@ from tuning.search_space import PointKeys, Space, corner_points, grid_points, ra
 
 TRIALS = "trials"
 _SHARED = ("run", "policy", "data", "features", "cost_model", "evaluate", "resources", "tracking", "cost")
+CHEAP_KEYS = frozenset(
+    {"confidence.alpha", "confidence.floor", "confidence.center", "confidence.squash", "confidence.temperature"}
+)
+_CHEAP_SECTIONS = ("reward.", "brme.")
 _SECTION = "sweep"
 _NOT_MEASURED = (*DRIFT_KEYS, "constraint_samples")
 _MAX_NAME = 80
@@ -151,9 +156,46 @@ class Sweep:
         return self.points or tuple(corner_points(self.space.axes))
 
     @property
+    def cheap_settings(self) -> tuple[tuple[PointKeys, RunConfig], ...]:
+        """Distinct cheap parts of the points, each with a configuration that has it and the seed of the sweep."""
+        found: dict[str, tuple[PointKeys, RunConfig]] = {}
+        for keys in self.points:
+            part = cheap_part(keys)
+            if part and repr(part) not in found:
+                found[repr(part)] = (part, self.trial(keys, self.base.run.seed).config)
+        settings = tuple(found.values())
+        return settings if len(settings) > 1 and all(can_screen(config) for _, config in settings) else ()
+
+    @property
+    def compared_metric(self) -> str | None:
+        """Training metric that decides something, None when nothing does."""
+        return self.sweep.metric if self.sweep.scheduler != "none" or self.sweep.search == "optuna" else None
+
+    @property
     def trials(self) -> tuple[Trial, ...]:
         """All that are known before the search starts; seeds outermost."""
         return tuple(self.trial(keys, seed) for seed in self.sweep.seeds for keys in self.points)
+
+
+def is_cheap(key: str) -> bool:
+    """Whether what a key changes shows on cached states, before anything is trained."""
+    return key in CHEAP_KEYS or key.startswith(_CHEAP_SECTIONS)
+
+
+def cheap_part(keys: PointKeys) -> dict[str, Any]:
+    """The cheap keys of a point."""
+    return {key: value for key, value in keys.items() if is_cheap(key)}
+
+
+def reads_confidence(config: RunConfig) -> bool:
+    """Whether a run turns its reward into a label confidence."""
+    return config.train.method == "offline" and config.train.objective == "label_confidence"
+
+
+def can_screen(config: RunConfig) -> bool:
+    """Whether a run reads a reward that is fitted to cached states."""
+    is_read = config.train.method != "offline" or reads_confidence(config)
+    return is_read and config.reward.kind not in TEXT_REWARDS
 
 
 def load_sweep(
@@ -193,6 +235,12 @@ def load_sweep(
     trials = [draft.trial(keys, settings.seeds[0]) for keys in draft.checked_points]
     check_differ([(trial.keys, trial.config) for trial in trials], where=f"space {found.name}")
     _check_read(merged, trials)
+    for name in ("keep", "replicates"):
+        if name in settings.model_fields_set and not draft.cheap_settings:
+            raise ConfigError(
+                f"sweep.{name} is set but no axis of space {found.name} can be judged on cached states (reward.*, "
+                "brme.* and label confidence, unless the reward reads texts or nobody reads it); remove it"
+            )
     return Sweep(base=_base_config(merged, trials), sweep=settings, space=found, values=merged, points=points)
 
 

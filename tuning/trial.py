@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback  # has 
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylign.config import RunConfig, load_config, needs_cost
+from raylign.errors import ConfigError
 from raylign.runtime.phases import CONFIG_FILE, MANIFEST, digest, write_json
 from raylign.runtime.run_phases import CostPhase, open_phases
 from raylign.runtime.trainer import METRICS_FILE
@@ -178,6 +179,16 @@ def next_record(records: list[dict[str, Any]], *, after: float, until: float) ->
     return next((record for record in records if after < record["step"] <= until), None)
 
 
+def check_metric(record: Mapping[str, Any], metric: str | None) -> None:
+    """Refuse to compare trials by a metric that their training does not record.
+
+    Raises:
+        ConfigError: with the metrics that it does.
+    """
+    if metric is not None and metric not in record:
+        raise ConfigError(f"sweep.metric={metric} is not recorded by this training; it records {', '.join(record)}")
+
+
 class TuneTrial(tune.Trainable):  # type: ignore[misc]
     """What Ray Tune sees of a trial: its training records, one per iteration.
 
@@ -223,6 +234,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
                 ray.get(self._work)
             record = next_record(read_records(file), after=self._last["step"], until=self._until)
             if record is not None:
+                check_metric(record, self._sweep.compared_metric)
                 self._last = record
                 return {**record, IS_DONE: False}
             if is_over:

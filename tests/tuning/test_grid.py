@@ -11,7 +11,8 @@ from raylign.config import RunConfig, load_config
 from raylign.rewards.fit import predict
 from raylign.runtime.pair_states import PairStates
 from raylign.runtime.reward_job import Held, head_fitter
-from tuning.grid import Quality, ScreenData, Screened, cheap_part, fit_sizes, is_cheap, quality, screen, survivors
+from tuning.grid import Quality, ScreenData, Screened, fit_sizes, quality, screen, survivors
+from tuning.sweep_config import cheap_part, is_cheap
 
 NUM_LAYERS, WIDTH = 2, 8
 
@@ -107,3 +108,13 @@ def test_cheap_is_what_shows_on_cached_states() -> None:
         True, True, True, False,
     ]  # fmt: skip
     assert cheap_part({"reward.num_heads": 2, "train.beta": 0.1}) == {"reward.num_heads": 2}
+
+
+def test_where_no_confidence_is_read_the_belief_is_the_probability_of_the_order() -> None:
+    online = load_config(values={"reward": {"kind": "hybrid"}, "train": {"method": "online_dpo"}})
+    head = head_fitter(TRAIN, GROUPS, VALID, config("hybrid", None))(torch.arange(60))
+    held = Held.of(head, *TEST)
+    prob = torch.sigmoid((held.chosen.mean - held.rejected.mean) / 0.5)
+    found = quality(held, online, center=0.0, temperature=0.5)
+    assert found.brier == pytest.approx(float((1 - prob).square().mean()), rel=1e-5)
+    assert found.flips == pytest.approx(1 - found.accuracy)

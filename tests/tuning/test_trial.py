@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from raylign.errors import ConfigError
 from raylign.runtime.phases import MANIFEST, write_json
 from raylign.runtime.trainer import METRICS_FILE
-from tuning.run import _cause, cheap_settings
+from tuning.run import _cause
 from tuning.sweep_config import Sweep, load_sweep
 from tuning.trial import (
     IS_DONE,
     STOPPED_FILE,
     TuneTrial,
+    check_metric,
     is_trained,
     next_record,
     read_records,
@@ -96,10 +98,21 @@ def test_points_with_the_same_heads_share_a_reward_whatever_their_confidence(tmp
 def test_cheap_settings_are_each_judged_once(tmp_path: Path) -> None:
     space = tmp_path / "own.yaml"
     space.write_text("confidence.alpha: {grid: [1, 2, 4]}\ntrain.beta: {grid: [0.1, 0.2]}")
-    settings = cheap_settings(load_sweep(str(space)))
+    settings = load_sweep(str(space)).cheap_settings
     assert [keys for keys, _ in settings] == [{"confidence.alpha": alpha} for alpha in (1, 2, 4)]
     assert [config.confidence.alpha for _, config in settings] == [1, 2, 4]
-    assert cheap_settings(load_sweep("beta")) == []
+    assert load_sweep("beta").cheap_settings == ()
+    with pytest.raises(ConfigError, match=r"sweep\.keep is set but no axis of space beta"):
+        load_sweep("beta", overrides=["sweep.keep=2"])
+    with pytest.raises(ConfigError, match=r"sweep\.replicates is set but no axis"):
+        load_sweep("ensembles", overrides=["train.objective=dpo", "sweep.replicates=2"])
+
+
+def test_a_metric_that_is_not_recorded_is_refused_with_those_that_are() -> None:
+    check_metric({"step": 1, "loss": 2.0}, None)
+    check_metric({"step": 1, "loss": 2.0}, "loss")
+    with pytest.raises(ConfigError, match=r"sweep\.metric=los is not recorded .* step, loss"):
+        check_metric({"step": 1, "loss": 2.0}, "los")
 
 
 def test_a_failure_is_told_by_its_cause() -> None:
