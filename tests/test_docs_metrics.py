@@ -1,4 +1,4 @@
-"""Every metric that training writes is explained in docs/metrics.md, and what is explained there is written."""
+"""Every metric of a training and of an evaluation is explained, and what is explained is written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from docs_pages import ROOT, inline
+
+from raylign.report.wording import METRIC_ROWS
 
 NAME = re.compile(r"[a-z_]+(?:/[a-z_]+)+")
 SOURCES = [*sorted((ROOT / "raylign" / "training").glob("*.py"))] + [
@@ -63,3 +65,11 @@ def test_every_explained_metric_is_written(written, explained):
 def test_names_are_found_in_source():
     source = 'def f(x):\n    """Doc a/b."""\n    return {"a/b": x, f"c/d/{x}": 1, "no": 2, f"{x}/e": 3, "x/y.z": 4}'
     assert written_names(source) == ({"a/b"}, {"c/d/"})
+
+
+def test_every_row_of_the_evaluation_is_explained():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [
+        tuple(cell.strip() for cell in line.split("|")[1:3]) for line in page.splitlines() if line.startswith("| `")
+    ]
+    assert rows == [(f"`{row.name}`", row.label) for row in METRIC_ROWS]
