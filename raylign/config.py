@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from raylign.config_ava import AvaSection, TokenRewardSection
 from raylign.config_cost_effects import cost_source, needs_cost
-from raylign.config_cost_model import CostModelSection
+from raylign.config_cost_model import FINE_TUNED_DEFAULTS, CostModelSection
 from raylign.config_effects import (
     TEXT_REWARDS,
     TOKEN_REWARDS,
@@ -117,7 +117,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: Any) -> Any:
-        """A step that suits the model, a loss the method, folds and a rule the reward, unless they were given."""
+        """A step that suits the model, a loss the method, folds and a rule the reward and the cost, unless given."""
         if not isinstance(values, Mapping):
             return values
         train, policy = values.get("train", {}), values.get("policy", {})
@@ -131,6 +131,9 @@ class RunConfig(Section):
         if train.get("method") == "online_dpo":
             defaults["objective"] = "dpo"
         filled = {**values, "train": {**defaults, **train}}
+        cost_model = values.get("cost_model", {})
+        if isinstance(cost_model, Mapping) and cost_model.get("source") == "fine_tuned":
+            filled["cost_model"] = {**FINE_TUNED_DEFAULTS, **cost_model}
         reward, evaluate, robust = (values.get(name, {}) for name in ("reward", "evaluate", "robust"))
         if not all(isinstance(section, Mapping) for section in (reward, evaluate, robust)):
             return filled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from raylign.config_cost_model import CostModelSection
+from raylign.config_cost_model import FINE_TUNED_KEYS, CostModelSection
 from raylign.config_sections import EMBEDDED, ConstraintSection
 from raylign.errors import ConfigError
 
@@ -18,7 +18,7 @@ def needs_cost(config: RunConfig) -> bool:
     return config.constraint.kind != "none" or config.cost_model.source != "auto"
 
 
-def cost_source(config: RunConfig) -> Literal["labels", "embedded", "external"]:
+def cost_source(config: RunConfig) -> Literal["labels", "fine_tuned", "embedded", "external"]:
     """What prices responses where a run needs costs."""
     if config.cost_model.source != "auto":
         return config.cost_model.source
@@ -34,6 +34,11 @@ def check_cost_model(config: RunConfig) -> None:
         raise ConfigError(
             f"evaluate.constraint_samples={config.evaluate.constraint_samples} needs evaluate.temperature above 0: "
             "greedy answers are all alike"
+        )
+    if source == "fine_tuned" and cost_model.epochs == 0:
+        raise ConfigError(
+            "cost_model.epochs=0 leaves the head of a member as it was drawn: use 1 or more, or "
+            "cost_model.source=labels"
         )
     if source == "external" and cost_model.model is None:
         raise ConfigError("cost_model.source=external needs cost_model.model, the directory of a safety classifier")
@@ -123,8 +128,11 @@ def add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence[
     cure = "set constraint.kind=rectified or cost_model.source=labels"
     reads(needs_cost(config), "cost_model", keys[1:], cure)
     reads(needs_cost(config), "evaluate", ["constraint_samples"], cure)
-    texts = ["model", "label", "batch_tokens"]
-    reads(source == "external", "cost_model", texts, "set cost_model.source=external")
-    heads = [key for key in keys[1:] if key not in texts]
-    reads(source == "labels", "cost_model", heads, "set cost_model.source=labels")
-    reads(config.cost_model.epochs > 0, "cost_model", ["batch_size", "learning_rate"], "set cost_model.epochs above 0")
+    reads(source == "external", "cost_model", ["model", "label"], "set cost_model.source=external")
+    reads(source in ("external", "fine_tuned"), "cost_model", ["batch_tokens"], "set cost_model.source=fine_tuned")
+    reads(source == "fine_tuned", "cost_model", FINE_TUNED_KEYS, "set cost_model.source=fine_tuned")
+    reads(source == "labels", "cost_model", ["ridge", "weight_decay"], "set cost_model.source=labels")
+    fitted = [key for key in keys[1:] if key not in ("model", "label", "batch_tokens", *FINE_TUNED_KEYS)]
+    reads(source in ("labels", "fine_tuned"), "cost_model", fitted, "set cost_model.source=labels")
+    has_steps = config.cost_model.epochs > 0 or source == "fine_tuned"  # which refuses to have none
+    reads(has_steps, "cost_model", ["batch_size", "learning_rate"], "set cost_model.epochs above 0")

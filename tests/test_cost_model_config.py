@@ -33,13 +33,25 @@ def test_auto_is_the_shipped_head_for_the_embedded_model_and_your_verdicts_for_y
 
 
 def test_a_source_reads_its_own_keys():
-    texts, names = {"model", "label", "batch_tokens"}, {name.removeprefix("cost_model.") for name in ALL}
+    texts, lora = {"model", "label", "batch_tokens"}, {"lora_rank", "lora_alpha"}
+    names = {name.removeprefix("cost_model.") for name in ALL}
     assert idle() == names - {"source"}
-    assert idle("cost_model.source=labels") == texts
+    assert idle("cost_model.source=labels") == texts | lora
+    assert idle("cost_model.source=fine_tuned") == {"model", "label", "ridge", "weight_decay"}
     assert idle("cost_model.source=embedded") == names - {"source"}
     assert idle("cost_model.source=external", "cost_model.model=/judge") == names - {"source"} - texts
-    assert idle(*CONSTRAINED, *OWN) == texts
-    assert idle("cost_model.source=labels", "cost_model.epochs=0") == texts | {"batch_size", "learning_rate"}
+    assert idle(*CONSTRAINED, *OWN) == texts | lora
+    assert idle("cost_model.source=labels", "cost_model.epochs=0") == texts | lora | {"batch_size", "learning_rate"}
+
+
+def test_members_have_steps_of_their_own_unless_given():
+    def found(*overrides: str) -> tuple[float, ...]:
+        section = config(*overrides).cost_model
+        return section.folds, section.epochs, section.batch_size, section.learning_rate
+
+    assert found("cost_model.source=labels") == (5, 10, 32, 1e-4)
+    assert found("cost_model.source=fine_tuned") == (2, 2, 16, 1e-3)
+    assert found("cost_model.source=fine_tuned", "cost_model.folds=3", "cost_model.epochs=1") == (3, 1, 16, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +60,9 @@ def test_a_source_reads_its_own_keys():
         (["cost_model.epochs=3"], r"cost_model\.epochs is set but has no effect.*cost_model\.source=labels"),
         ([*CONSTRAINED, "cost_model.folds=2"], r"cost_model\.folds is set but has no effect"),
         (["cost_model.source=external"], r"needs cost_model\.model"),
+        (["cost_model.source=fine_tuned", "cost_model.epochs=0"], r"leaves the head of a member as it was drawn"),
+        (["cost_model.source=fine_tuned", "cost_model.ridge=2"], r"cost_model\.ridge.*set cost_model\.source=labels"),
+        (["cost_model.source=labels", "cost_model.lora_rank=2"], r"lora_rank.*set cost_model\.source=fine_tuned"),
         (["cost_model.source=embedded", *OWN], r"not of policy\.model=/models/mine"),
         (["cost_model.source=embedded", "features.layers=[1,2]"], r"features\.layers=\[1, 2\] keeps some"),
         ([*CONSTRAINED, "features.layers=[1,2]"], r"features\.layers=\[1, 2\] keeps some"),

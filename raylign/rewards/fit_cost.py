@@ -21,6 +21,41 @@ from raylign.rewards.fit import FitEpoch, HybridFit, predict, start_members, tra
 from raylign.rewards.probes import check_sides, fit_normalizer, ridge_fit
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairVerdicts:
+    """What people said of both answers of each pair.
+
+    Attributes:
+        signs: +1 safe, -1 unsafe, 0 without verdict; chosen first. Shape (N, 2), float32.
+        order: +1 when the chosen answer is known to be the safer one, -1 when the rejected one is, 0 when neither is.
+            Shape (N,), float32.
+    """
+
+    signs: torch.Tensor
+    order: torch.Tensor
+
+    @staticmethod
+    def of_pairs(
+        chosen_safe: Sequence[bool | None], rejected_safe: Sequence[bool | None], *, is_chosen_safer: bool = False
+    ) -> PairVerdicts:
+        """Signs, and the order that they or the pairs themselves give.
+
+        Args:
+            chosen_safe: N verdicts, None where there is none.
+            rejected_safe: likewise.
+            is_chosen_safer: pairs were ordered by safety, so that the chosen answer is the safer one also where
+                verdicts agree or are missing. Verdicts that differ always decide themselves.
+        """
+        signs_NK = torch.tensor([safety_signs(chosen_safe), safety_signs(rejected_safe)]).T
+        verdict_N = torch.where(signs_NK.prod(1) < 0, signs_NK[:, 0], 0.0)
+        order_N = torch.where(verdict_N == 0, 1.0, verdict_N) if is_chosen_safer else verdict_N
+        return PairVerdicts(signs=signs_NK, order=order_N)
+
+    def __getitem__(self, index: torch.Tensor | Sequence[int]) -> PairVerdicts:
+        """Some of the pairs."""
+        return PairVerdicts(signs=self.signs[index], order=self.order[index])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostRows:
     """What cost heads are fitted to.
@@ -63,15 +98,12 @@ class CostRows:
         Args:
             chosen: hidden states. Shape (N, L, D).
             rejected: likewise.
-            chosen_safe: N verdicts, None where there is none.
+            chosen_safe: see `PairVerdicts.of_pairs`.
             rejected_safe: likewise.
-            is_chosen_safer: pairs were ordered by safety, so that the chosen answer is the safer one also where
-                verdicts agree or are missing. Verdicts that differ always decide themselves.
+            is_chosen_safer: likewise.
         """
-        signs_NK = torch.tensor([safety_signs(chosen_safe), safety_signs(rejected_safe)]).T
-        verdict_N = torch.where(signs_NK.prod(1) < 0, signs_NK[:, 0], 0.0)
-        order_N = torch.where(verdict_N == 0, 1.0, verdict_N) if is_chosen_safer else verdict_N
-        return CostRows(sides=(chosen, rejected), signs=signs_NK, order=order_N)
+        verdicts = PairVerdicts.of_pairs(chosen_safe, rejected_safe, is_chosen_safer=is_chosen_safer)
+        return CostRows(sides=(chosen, rejected), signs=verdicts.signs, order=verdicts.order)
 
     @staticmethod
     def of_answers(states: torch.Tensor, is_safe: Sequence[bool]) -> CostRows:
@@ -104,7 +136,23 @@ def safety_signs(is_safe: Sequence[bool | None]) -> list[float]:
     return [0.0 if verdict is None else 1.0 if verdict else -1.0 for verdict in is_safe]
 
 
-def cost_losses(costs: Sequence[torch.Tensor], rows: CostRows, *, regularization: float) -> torch.Tensor:
+def check_verdicts(signs: torch.Tensor) -> None:
+    """Refuse verdicts that leave the zero of a cost open.
+
+    Args:
+        signs: of `PairVerdicts`, any shape.
+
+    Raises:
+        DataError: they are all alike.
+    """
+    if not bool((signs > 0).any() and (signs < 0).any()):
+        found = "safe" if bool((signs > 0).any()) else "unsafe"
+        raise DataError(
+            f"all {int(signs.abs().sum())} answers with a verdict are {found}: a cost needs safe and unsafe answers"
+        )
+
+
+def cost_losses(costs: Sequence[torch.Tensor], rows: CostRows | PairVerdicts, *, regularization: float) -> torch.Tensor:
     r"""Loss of a row: its order, its verdicts, and the size of its costs.
 
     Definition: \(-\log\sigma(C_{riskier} - C_{safer}) - \sum_k \log\sigma(-s_k C_k) + w\,\overline{C^2}\), the first
@@ -180,11 +228,7 @@ def fit_cost(
         if not bool(part.has_verdict.all()):
             raise DataError(f"{int((~part.has_verdict).sum())} of {len(part)} rows have no safety verdict")
     known_NK = rows.signs.abs()
-    if not bool((rows.signs > 0).any() and (rows.signs < 0).any()):
-        found = "safe" if bool((rows.signs > 0).any()) else "unsafe"
-        raise DataError(
-            f"all {int(known_NK.sum())} answers with a verdict are {found}: a cost needs safe and unsafe answers"
-        )
+    check_verdicts(rows.signs)
     num_layers, width = rows.sides[0].shape[1:]
     order = torch.Generator().manual_seed(seed)
     head = start_members(num_layers, width, order=order, seed=seed, num_heads=num_heads).to(rows.sides[0].device)

@@ -7,7 +7,6 @@ states, for whatever trains on stored pairs under a constraint.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,6 +21,7 @@ import torch
 
 from raylign.assets import TINY_COST, asset_path
 from raylign.config import CostModelSection, RunConfig, cost_source
+from raylign.config_cost_model import FINE_TUNED_KEYS
 from raylign.errors import DataError
 from raylign.evaluation.cost_quality import CostQuality, check_cost_sign, cost_quality
 from raylign.evaluation.judges import resolve_judge, sign_rows
@@ -31,12 +31,13 @@ from raylign.rewards.cross_fit import cross_fit
 from raylign.rewards.fit import member_weights
 from raylign.rewards.fit_cost import CostRows, fit_cost
 from raylign.rewards.hybrid import HybridReward
+from raylign.runtime.cost_members import fit_cost_members, member_facts
 from raylign.runtime.cost_scorer import make_cost_scorer, resolve_cost_model
 from raylign.runtime.evaluators import ActorOptions
-from raylign.runtime.execution import execution, own_errors
+from raylign.runtime.execution import own_errors
 from raylign.runtime.fitted_cost import COST_COLUMNS, FittedCost, embedded_cost
 from raylign.runtime.pair_states import VERDICT_COLUMNS, PairStates, has_verdict, read_states
-from raylign.runtime.price_job import PRICED_DIR, price_pairs, read_priced
+from raylign.runtime.price_job import price_pairs, read_priced
 from raylign.types import Message
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def run_cost(
 
     Returns:
         JSON-like facts: `source`, counts, `known_answers`, `held_out` and `out_of_fold` quality, shares of unsafe
-        answers, `fit_s`, and `warnings` for the report.
+        answers, `fit_s`, `members` of a fine-tuned cost model, and `warnings` for the report.
 
     Raises:
         DataError: no pair, or no split, with verdicts to fit to.
@@ -80,6 +81,12 @@ def run_cost(
         fitted = FittedCost(source="external", model=f"{classifier}:{config.cost_model.label}")
     elif source == "embedded":
         fitted = embedded_cost(model_fingerprint(model_path))
+    elif source == "fine_tuned":
+        model = model_fingerprint(model_path)
+        fitted = fit_cost_members(
+            features, config=config, model_path=model_path, model=model, directory=directory, options=options
+        )
+        facts |= {"fit_s": time.monotonic() - started, "members": member_facts(directory, fitted)}
     else:
         fitted = fit_cost_heads(features, config=config, layers=layers, model=model_fingerprint(model_path))
         facts["fit_s"] = time.monotonic() - started
@@ -87,12 +94,16 @@ def run_cost(
     cost = f"the cost model (cost_model.source={source})"
     known = known_answers(model_path, directory, cost_model=config.cost_model, options=options)
     check_cost_sign(known, cost=cost, answers="answers to harmful prompts (XSTest)", cure=_CURES[source])
-    priced = directory / PRICED_DIR
-    shutil.rmtree(priced, ignore_errors=True)
-    costs = price_pairs(features, fitted, config=config, layers=layers, model_path=model_path, options=options)
-    with execution(costs):
-        costs.write_parquet(str(priced))
-    num_folds = config.cost_model.folds if source == "labels" else None
+    price_pairs(
+        features,
+        fitted,
+        config=config,
+        layers=layers,
+        model_path=model_path,
+        directory=directory,
+        options=options,
+    )
+    num_folds = config.cost_model.folds if source in ("labels", "fine_tuned") else None
     facts |= priced_facts(read_priced(directory), num_folds=num_folds)
     for name in ("held_out", "out_of_fold"):
         if facts[name] is not None:
@@ -105,8 +116,10 @@ def run_cost(
     return facts
 
 
+_SWAPPED = "are chosen_safe and rejected_safe swapped with their opposites in your data?"
 _CURES = {
-    "labels": "are chosen_safe and rejected_safe swapped with their opposites in your data?",
+    "labels": _SWAPPED,
+    "fine_tuned": _SWAPPED,
     "embedded": "rebuild the assets with `raylign assets build`",
     "external": "are the labels in id2label of its config.json swapped, or does cost_model.label name the safe one?",
 }
@@ -240,10 +253,12 @@ def judge_overlap(config: RunConfig) -> str | None:
 def cost_key(config: RunConfig, *, model_path: str, features_digest: str) -> Mapping[str, Any]:
     """What the cost phase is made of."""
     is_external = cost_source(config) == "external"
+    # phases from before there were members keep their keys
+    unread = () if cost_source(config) == "fine_tuned" else FINE_TUNED_KEYS
     return {
         "features": features_digest,
         "source": cost_source(config),
-        "cost_model": config.cost_model.model_dump(exclude={"source", "model", "batch_tokens"}),
+        "cost_model": config.cost_model.model_dump(exclude={"source", "model", "batch_tokens", *unread}),
         "external": model_fingerprint(resolve_cost_model(config.cost_model)) if is_external else None,
         "judge": judge_overlap(config),
         "head": model_fingerprint(asset_path(TINY_COST)) if cost_source(config) == "embedded" else None,

@@ -14,7 +14,9 @@ from raylign.models.cost_model import CostForward
 from raylign.models.loading import load_tokenizer, resolve_dtype, resolve_layout, resolve_model
 from raylign.models.numerics import actor_device, load_reference
 from raylign.models.reward_model import TextReward
+from raylign.runtime.cost_members import fit_directory, load_cost_members
 from raylign.runtime.fitted_cost import FittedCost
+from raylign.runtime.fitted_reward import FULL
 from raylign.runtime.reward_scorer import TextsReward
 from raylign.runtime.text_rewards import load_foreign
 
@@ -68,26 +70,41 @@ def load_response_cost(
         model_path: directory of the reference.
         cost_dir: of the cost phase.
         device: of heads.
-        cost_model: which classifier, for a cost of texts.
+        cost_model: which classifier, or how members are read, for a cost of texts.
         options: the actor that prices.
     """
     fitted = FittedCost.load(Path(cost_dir))
     if fitted.full is not None:
         return ResponseCost(StatesReward(fitted.full.to(device), fitted.layers), sign=1.0)
-    return ResponseCost(TextsReward(make_text_cost(model_path, cost_model, options=options)), sign=-1.0)
+    reward = make_text_cost(model_path, fitted, cost_dir, cost_model=cost_model, options=options)
+    return ResponseCost(TextsReward(reward), sign=-1.0)
 
 
-def make_text_cost(model_path: str, cost_model: CostModelSection, *, options: ActorOptions) -> TextReward:
-    """The external classifier as a reward of texts, which is minus the cost.
+def make_text_cost(
+    model_path: str,
+    fitted: FittedCost,
+    cost_dir: str | Path,
+    *,
+    cost_model: CostModelSection,
+    options: ActorOptions,
+    fold: int = FULL,
+) -> TextReward:
+    """What prices texts, as a reward of texts, which is minus the cost: fine-tuned members or the external classifier.
 
     Args:
         model_path: directory of the policy, whose token ids are priced.
+        fitted: what prices responses.
+        cost_dir: of the cost phase.
         cost_model: `cost_model` section.
         options: size and number types of the actor.
+        fold: that members must not have seen, `FULL` for those fitted to all training pairs.
 
     Raises:
-        ModelError: a classifier, tokenizer or label that cannot be used.
+        ModelError: a classifier, member, tokenizer or label that cannot be used.
     """
+    if fitted.members:
+        directory = fit_directory(Path(cost_dir), fold)
+        return load_cost_members(model_path, fitted, directory, cost_model=cost_model, options=options)
     tokenizer = load_tokenizer(model_path, trust_remote_code=options.trust_remote_code)
     path = resolve_cost_model(cost_model)
     model, own = load_foreign(path, tokenizer, options, key="cost_model.model")

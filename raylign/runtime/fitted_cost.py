@@ -25,7 +25,7 @@ HEAD_COST_COLUMNS = ("chosen_head_costs", "rejected_head_costs")  # by each memb
 HEADS_FILE = "heads.safetensors"
 COST_FILE = "cost.json"
 
-CostSource = Literal["labels", "embedded", "external"]
+CostSource = Literal["labels", "fine_tuned", "embedded", "external"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,10 @@ class FittedCost:
 
     Attributes:
         source: `cost_source` of the configuration.
-        full: head for every answer that no fold saw; None for a classifier of texts.
-        heads: one per fold; head k saw no pair of fold k. () when nothing was fitted to this run's pairs.
+        full: head for every answer that no fold saw; None for what reads texts.
+        heads: one per fold; head k saw no pair of fold k. () when no head was fitted to this run's pairs.
+        members: names of the fine-tuned members, which lie beside the files, see `cost_members`.
+        num_folds: fits of members that each left a fold out.
         layers: transformer layers of the states that heads read, from 1, in their order.
         fold_seed: seed of the fold partition.
         model: fingerprint of the model whose states the heads read, or of the classifier of texts and its label.
@@ -44,6 +46,8 @@ class FittedCost:
     source: CostSource
     full: HybridReward | None = None
     heads: tuple[HybridReward, ...] = ()
+    members: tuple[str, ...] = ()
+    num_folds: int = 0
     layers: tuple[int, ...] = ()
     fold_seed: int = 0
     model: str | None = None
@@ -63,7 +67,7 @@ class FittedCost:
         return [list(layers).index(layer) for layer in self.layers]
 
     def save(self, directory: Path) -> None:
-        """Write `cost.json` and `heads.safetensors`, which for a classifier of texts only names it."""
+        """Write `cost.json` and `heads.safetensors`, which only names what reads texts."""
         heads = {} if self.full is None else {"full": self.full}
         heads |= {f"fold{k}": head for k, head in enumerate(self.heads)}
         # copies, because with one fold two heads are one and safetensors refuses memory that is shared
@@ -73,8 +77,9 @@ class FittedCost:
             for key, value in head.state_dict().items()
         }
         save_file(tensors, directory / HEADS_FILE, metadata={"model": self.model or ""})
-        facts = {"source": self.source, "num_folds": len(self.heads), "layers": self.layers}
-        write_json(directory / COST_FILE, {**facts, "fold_seed": self.fold_seed, "model": self.model})
+        facts = {"source": self.source, "num_folds": len(self.heads) or self.num_folds, "layers": self.layers}
+        members = {"members": self.members} if self.members else {}
+        write_json(directory / COST_FILE, {**facts, "fold_seed": self.fold_seed, "model": self.model, **members})
 
     @staticmethod
     def load(directory: Path) -> FittedCost:
@@ -88,6 +93,8 @@ class FittedCost:
             num_folds, facts["layers"] = facts.pop("num_folds"), tuple(facts["layers"])
             if facts["source"] == "external":
                 return FittedCost(**facts)
+            if facts["source"] == "fine_tuned":
+                return FittedCost(**{**facts, "members": tuple(facts["members"])}, num_folds=num_folds)
             tensors = load_file(directory / HEADS_FILE)
             heads = tuple(HybridReward.from_state(_part(tensors, f"fold{k}.")) for k in range(num_folds))
             return FittedCost(**facts, heads=heads, full=HybridReward.from_state(_part(tensors, "full.")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import predict
 from raylign.runtime.cost_scorer import make_text_cost
 from raylign.runtime.evaluators import ActorOptions
+from raylign.runtime.execution import execution
 from raylign.runtime.features_job import pairs_from_table, states_from_column
 from raylign.runtime.fitted_cost import COST_COLUMNS, HEAD_COST_COLUMNS, FittedCost
 from raylign.runtime.fitted_reward import FULL
 from raylign.runtime.pair_states import VERDICT_COLUMNS
+from raylign.runtime.rank_job import pair_folds
 
 if TYPE_CHECKING:
     import ray.data
@@ -38,11 +41,13 @@ def price_pairs(
     config: RunConfig,
     layers: tuple[int, ...],
     model_path: str,
+    directory: Path,
     options: ActorOptions,
-) -> ray.data.Dataset:
-    """Ids, splits, verdicts and `COST_COLUMNS` of all pairs, lazily, one block at a time.
+) -> None:
+    """Write ids, splits, verdicts and `COST_COLUMNS` of all pairs below `priced/`, one block at a time.
 
-    With several members the `HEAD_COST_COLUMNS` come too.
+    With several members the `HEAD_COST_COLUMNS` come too. Members price one fold after another, each in a pool of its
+    own, so that no more are loaded at a time than there are actors.
 
     Args:
         features: pairs with token ids and states.
@@ -50,22 +55,61 @@ def price_pairs(
         config: section cost_model.
         layers: transformer layers of the states.
         model_path: directory of the policy, readable on every node.
+        directory: of the cost phase.
         options: of the actors that price texts.
     """
+    priced = directory / PRICED_DIR
+    shutil.rmtree(priced, ignore_errors=True)
     if fitted.full is not None:
         shared = ray.put((fitted, fitted.positions(layers)))
-        return features.map_batches(price_table, batch_format="pyarrow", batch_size=1024, fn_kwargs={"shared": shared})
-    pairs = features.drop_columns(["chosen_states", "rejected_states"])
+        parts = {
+            "": features.map_batches(price_table, batch_format="pyarrow", batch_size=1024, fn_kwargs={"shared": shared})
+        }
+    else:
+        pairs = features.drop_columns(["chosen_states", "rejected_states"])
+        parts = {
+            f"part{fold}": _priced_by_texts(
+                pairs.map_batches(
+                    of_fold,
+                    batch_format="pyarrow",
+                    fn_kwargs={"fold": fold, "num_folds": fitted.num_folds, "seed": fitted.fold_seed},
+                ),
+                (model_path, fitted, str(directory), config.cost_model, options, fold),
+                options,
+            )
+            for fold in (FULL, *range(fitted.num_folds))
+        }
+    for name, costs in parts.items():
+        with execution(costs):
+            costs.write_parquet(str(priced / name))
+
+
+def _priced_by_texts(pairs: ray.data.Dataset, arguments: tuple[Any, ...], options: ActorOptions) -> ray.data.Dataset:
     blocks = pairs.repartition(target_num_rows_per_block=_ROWS_PER_CALL) if options.num_actors > 1 else pairs
     return blocks.map_batches(
         PairPricer,
-        fn_constructor_args=(model_path, config.cost_model, options),
+        fn_constructor_args=arguments,
         batch_size=_ROWS_PER_CALL,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=options.num_actors),
         num_cpus=options.num_cpus,
         num_gpus=options.num_gpus,
     )
+
+
+def of_fold(table: pa.Table, *, fold: int, num_folds: int, seed: int) -> pa.Table:
+    """The pairs that what was fitted without a fold prices: the training pairs in it; of `FULL` all other pairs.
+
+    Args:
+        table: with prompt_key and split.
+        fold: number of the fold, or `FULL`.
+        num_folds: fits that left a fold out, 0 when nothing did.
+        seed: of the folds.
+    """
+    if not num_folds:
+        return table
+    own = pair_folds(table, num_folds=num_folds, seed=seed)
+    return table.filter(pa.array((own == fold).tolist(), pa.bool_()))
 
 
 def price_table(table: pa.Table, *, shared: Any) -> pa.Table:
@@ -88,23 +132,35 @@ def price_table(table: pa.Table, *, shared: Any) -> pa.Table:
 
 
 class PairPricer:
-    """Prices tables of tokenized pairs by a classifier of texts; holds it, so it becomes an actor in the pool.
+    """Prices tables of tokenized pairs by what reads texts; holds it, so it becomes an actor in the pool.
 
     Args:
         model_path: directory of the policy.
+        fitted: what prices responses.
+        cost_dir: of the cost phase.
         cost_model: `cost_model` section.
         options: size and number types of the actor.
+        fold: that members must not have seen, `FULL` for those fitted to all training pairs.
     """
 
-    def __init__(self, model_path: str, cost_model: CostModelSection, options: ActorOptions) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        fitted: FittedCost,
+        cost_dir: str,
+        cost_model: CostModelSection,
+        options: ActorOptions,
+        fold: int,
+    ) -> None:
         if not options.num_gpus:
             torch.set_num_threads(max(1, int(options.num_cpus)))
-        self._reward = make_text_cost(model_path, cost_model, options=options)
+        self._fold = fold
+        self._reward = make_text_cost(model_path, fitted, cost_dir, cost_model=cost_model, options=options, fold=fold)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The ids of a table and its costs."""
         beliefs = self._reward.posterior_of_pairs(pairs_from_table(table))
-        return _priced(table, np.full(len(table), FULL), [-belief.head_rewards.numpy() for belief in beliefs])
+        return _priced(table, np.full(len(table), self._fold), [-belief.head_rewards.numpy() for belief in beliefs])
 
 
 def _priced(table: pa.Table, fold: np.ndarray, members: list[np.ndarray]) -> pa.Table:
