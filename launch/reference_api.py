@@ -130,13 +130,13 @@ def signature(node: ast.FunctionDef) -> str:
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     parts = [_argument(one, default) for one, default in zip(positional, defaults, strict=True)]
     if arguments.vararg:
-        parts.append(f"*{ast.unparse(arguments.vararg)}")
+        parts.append(f"*{_text(arguments.vararg)}")
     elif arguments.kwonlyargs:
         parts.append("*")
     parts += [_argument(one, value) for one, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     if arguments.kwarg:
-        parts.append(f"**{ast.unparse(arguments.kwarg)}")
-    returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        parts.append(f"**{_text(arguments.kwarg)}")
+    returned = f" -> {_text(node.returns)}" if node.returns else ""
     if len(parts) < 3:
         return f"def {node.name}({', '.join(parts)}){returned}: ..."
     inner = "".join(f"    {part},\n" for part in parts)
@@ -144,7 +144,13 @@ def signature(node: ast.FunctionDef) -> str:
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
-    return ast.unparse(argument) + (f" = {ast.unparse(default)}" if default is not None else "")
+    return _text(argument) + (f" = {_text(default)}" if default is not None else "")
+
+
+def _text(node: ast.AST) -> str:
+    """Source of a node with double quotes, as the formatter has them in pages too."""
+    text = ast.unparse(node)
+    return text if '"' in text else text.replace("'", '"')
 
 
 def markdown(docstring: str) -> str:

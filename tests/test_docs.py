@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 
 import pytest
@@ -21,7 +22,7 @@ from docs_pages import (
 )
 
 from launch.cli import CONFIGS
-from launch.reference_config import FILES
+from launch.reference_config import FILES, SPACES
 from raylign.data.schema import parse_row
 
 PAGES = {
@@ -122,6 +123,20 @@ def test_what_exists_is_left_alone(text):
 def test_an_anchor_without_a_heading_is_found():
     page = "[a](data.md#formats) [b](evaluation.md#what-is-reported) [c](math.md#nothing) [d](https://a.b/c#d)"
     assert list(wrong_anchors(page, ROOT / "docs")) == ["math.md has no heading #nothing"]
+
+
+SHIPPED = {path.name: path for directory in (CONFIGS, SPACES) for path in sorted(directory.glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_says_how_to_start_it(name):
+    """Its first lines hold a command, indented, with a remark behind three spaces or more."""
+    head = SHIPPED[name].read_text(encoding="utf-8").partition("\n\n")[0].replace("\\\n#", "")
+    commands = re.findall(r"^#   (raylign .*?)(?: {3,}.*)?$", head, re.MULTILINE)
+    assert any(name in command or f"--space {name.removesuffix('.yaml')}" in command for command in commands) or (
+        name == "default.yaml"
+    )
+    assert not [sentence for command in commands for sentence in wrong_commands(f"```bash\n{command}\n```")]
 
 
 def test_shipped_files_are_named_somewhere():

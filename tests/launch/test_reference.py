@@ -142,7 +142,7 @@ def test_a_command_entry_shows_usage_options_and_defaults():
 def test_signature_keeps_order_defaults_and_stars():
     source = "def f(a: int, b='x', *args: str, c: bool, **rest: object) -> None: ..."
     assert signature(ast.parse(source).body[0]) == (
-        "def f(\n    a: int,\n    b = 'x',\n    *args: str,\n    c: bool,\n    **rest: object,\n) -> None: ..."
+        'def f(\n    a: int,\n    b = "x",\n    *args: str,\n    c: bool,\n    **rest: object,\n) -> None: ...'
     )
     assert signature(ast.parse("def g(a, *, b=1): ...").body[0]) == "def g(\n    a,\n    *,\n    b = 1,\n): ..."
     assert signature(ast.parse("def h(a): ...").body[0]) == "def h(a): ..."
