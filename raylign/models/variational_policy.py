@@ -91,9 +91,10 @@ class VariationalPolicy(PolicyForward):
             q_N = self._q(hidden_SD, batch, logps_N)
         _, read_at_N = reward_positions(batch)
         with torch.autocast(hidden_SD.device.type, enabled=False):
+            # FSDP2 gathers the head in the type of the forward: bfloat16 products would leave rewards three digits
             head = self.token_heads.reward
-            said_N2 = head(hidden_SD.index_select(0, read_at_N).to(head.weight.dtype))
-            said_N2 = said_N2.to(torch.promote_types(said_N2.dtype, torch.float32))
+            wide = torch.promote_types(head.weight.dtype, torch.float32)
+            said_N2 = F.linear(hidden_SD.index_select(0, read_at_N).to(wide), head.weight.to(wide), head.bias.to(wide))
         return TokenScores(
             **self._totals(logps_N, batch),
             # clones, as in `PolicyForward.forward`
