@@ -43,6 +43,13 @@ def test_check_reports_a_changed_a_missing_and_a_foreign_page(tmp_path, capsys):
     assert not reference.differences(directory)
 
 
+def test_pages_are_written_beside_the_sources_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        reference.main(["--directory", str(tmp_path / "nowhere" / "reference")])
+    assert "is no directory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_key_has_a_row():
     keys = known_keys(RunConfig) + [f"{name}.{key}" for name, (model, _) in FILES.items() for key in model.model_fields]
     rows = [line.split("`")[1] for line in config_page().splitlines() if line.startswith("| `")]
