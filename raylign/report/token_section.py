@@ -35,7 +35,8 @@ TOKEN_STYLE = """
 
 _NOTE = (
     "The reward of a token is read after it, in the units of the reward model: blue is a high reward, no verdict of "
-    "safety. Special tokens are shown as they are named. Pairs are of the test split, the first by a hash of their prompts, not chosen by their result."
+    "safety. Special tokens are shown as they are named. Pairs are of the test split, the first by a hash of their "
+    "prompts, not chosen by their result."
 )
 _SIGMA_NOTE = (
     "sigma is what the model states of each token by itself, and what its members disagree about: no posterior over "
