@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -158,6 +159,8 @@ def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_con
     """
     shutil.rmtree(sweep.directory / TUNE, ignore_errors=True)  # Tune's own notes; ours are in the trials
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints although verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told below; tracebacks are in error.txt
     settings = sweep.sweep
     search = _optuna(sweep) if settings.search == "optuna" else None
     tuner = tune.Tuner(
@@ -177,7 +180,13 @@ def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_con
             max_concurrent_trials=num_concurrent,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name=TUNE, storage_path=str(sweep.directory), verbose=0, callbacks=[TrialLog(sweep)]),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            storage_path=str(sweep.directory),
+            verbose=0,
+            callbacks=[TrialLog(sweep)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Ray Train keeps them
+        ),
     )
     results = tuner.fit()
     trials = known_trials(sweep) if search is not None else list(planned)
@@ -185,7 +194,8 @@ def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_con
     if failed:
         told = "; ".join(dict.fromkeys(_cause(error) for error in failed))
         raise TrainingError(
-            f"{len(failed)} of {len(trials)} trials failed ({told}); the others are kept, continue with --resume"
+            f"{len(failed)} of {len(trials)} trials failed ({told}); tracebacks are in {sweep.directory / TUNE}/*/"
+            "error.txt, the other trials are kept; continue with --resume"
         )
     unfinished = [t.name for t in trials if not is_trained(t.directory) and stopped_at(t.directory) is None]
     if unfinished:
