@@ -26,11 +26,13 @@ from raylign.models.numerics import actor_device
 from raylign.rewards.hybrid import HybridReward
 from raylign.runtime import evaluators, reward_scorer
 from raylign.runtime.evaluate_job import (
+    SAMPLE_COLUMNS,
     check_drift,
     evaluate_models,
     evaluation_inputs,
     load_completions,
     run_evaluation,
+    sample_models,
     save_completions,
     save_drift,
 )
@@ -198,6 +200,57 @@ def test_best_of_n_judges_the_answer_that_the_reward_prefers(section, policies):
     assert (found[4]["reward"] >= found[1]["reward"]).all()
     assert found[4]["reward"].sum() > found[1]["reward"].sum()
     assert [float(len(text)) for text in found[4]["response"]] == found[4]["reward"].tolist()
+
+
+def test_several_answers_are_all_kept_and_priced_and_start_with_that_of_the_evaluation(section, policies):
+    prompts = select_prompts(load_prompts("embedded"), num=8, seed=0)
+    found = {}
+    for num_samples in (None, 3):
+        evaluator = Evaluator(
+            models={"before": str(policies["before"])},
+            prompts=prompts,
+            config=section,
+            seed=0,
+            options=ActorOptions(),
+            make_reward_fn=make_length_reward(),
+            num_samples=num_samples,
+            make_cost_fn=make_length_reward() if num_samples else None,
+        )
+        # another order of prompts than theirs, as the pool hands them out by length
+        found[num_samples] = evaluator({"model": np.array(["before"] * 8, dtype=object), "index": np.arange(8)[::-1]})
+    one, three = found[None], found[3]
+    assert three["index"].tolist() == np.repeat(np.arange(8)[::-1], 3).tolist()
+    assert three["sample"].tolist() == [0, 1, 2] * 8
+    first = three["sample"] == 0
+    assert three["index"][first].tolist() == one["index"].tolist()
+    assert three["response"][first].tolist() == one["response"].tolist()
+    np.testing.assert_allclose(three["cost"][first], one["cost"], atol=1e-5)
+    assert len({*three["response"][:3].tolist()}) > 1
+    lengths = [float(len(text)) for text in three["response"]]
+    assert three["reward"].tolist() == three["model_cost"].tolist() == lengths
+    assert np.isnan(one["model_cost"]).all()
+
+
+@pytest.mark.ray
+def test_the_pool_gives_every_answer_of_every_policy_once(ray_cluster, section, policies):
+    config = section.model_copy(update={"constraint_samples": 2})
+    table = sample_models(
+        policies,
+        config=config,
+        seed=0,
+        options=ActorOptions(num_actors=2),
+        make_reward_fn=make_length_reward(),
+        make_cost_fn=make_length_reward(),
+    )
+    assert tuple(table.column_names) == SAMPLE_COLUMNS
+    assert table["policy"].to_pylist() == ["before"] * 16 + ["after"] * 16
+    assert table["sample"].to_pylist() == [0, 1] * 16
+    prompts = select_prompts(load_prompts("embedded"), num=8, seed=0)
+    assert table["prompt"].to_pylist() == [prompt.text for prompt in prompts for _ in range(2)] * 2
+    assert table["harmful"].to_pylist() == [prompt.harmful for prompt in prompts for _ in range(2)] * 2
+    assert table["model_cost"].to_pylist() == [float(len(text)) for text in table["response"].to_pylist()]
+    once = evaluate_models({"before": policies["before"]}, config=section, seed=0)["before"].completions
+    assert table["response"].to_pylist()[:16:2] == [answer.response for answer in once]
 
 
 def test_best_of_n_needs_a_reward(section, policies):
