@@ -179,6 +179,7 @@ def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_con
             num_samples=settings.num_samples if search is not None else 1,
             max_concurrent_trials=num_concurrent,
             reuse_actors=True,
+            trial_dirname_creator=lambda trial: sweep.trial_of(trial.config).name,
         ),
         run_config=tune.RunConfig(
             name=TUNE,

@@ -37,10 +37,10 @@ from tuning.grid import fit_sizes
 AXES = {"constraint.multiplier": [0.5, 1.0, 2.0, 5.0], "train.beta": [0.05, 0.1, 0.15, 0.3]}
 COMMON = {
     "constraint.kind": "rectified",
-    "data.max_pairs": 400,
-    "train.max_steps": 12,
+    "data.max_pairs": 200,
+    "train.max_steps": 8,
     "train.learning_rate": 1e-4,
-    "evaluate.num_prompts": 64,
+    "evaluate.num_prompts": 32,
     "evaluate.max_new_tokens": 32,
 }
 RUN_ONLY = {"evaluate.drift_prompts": 4, "evaluate.drift_candidates": 2}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,15 @@ def test_names_are_fit_for_directories_and_tell_points_apart() -> None:
     }
     assert len(names) == 7
     assert all(load_config(values={"run": {"name": name}}).run.name == name for name in names)
+
+
+def test_checking_a_sweep_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from tuning.sweep_config import load_sweep; load_sweep('confidence').cheap_settings; "
+        "print(*(m for m in ('ray', 'torch', 'transformers') if m in sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.split() == []
 
 
 def test_a_dry_run_prints_the_points_and_starts_nothing(tmp_path: Path) -> None:
