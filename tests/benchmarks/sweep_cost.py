@@ -15,6 +15,7 @@ one thread. Both sides run in turn; that the grid equals the fits is shown in te
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -34,13 +35,14 @@ from raylign.runtime.reward_job import head_fitter
 from tests.benchmarks.ensemble_grid import NUM_PAIRS, NUM_VALID, made_up
 from tuning.grid import fit_sizes
 
-AXES = {"constraint.multiplier": [0.5, 1.0, 2.0, 5.0], "train.beta": [0.05, 0.1, 0.15, 0.3]}
+AXES = {"constraint.multiplier": [0.5, 1.0, 2.0, 5.0], "reward.num_heads": [1, 2, 4, 8]}
 COMMON = {
     "constraint.kind": "rectified",
-    "data.max_pairs": 200,
-    "train.max_steps": 8,
+    "reward.kind": "ensemble",
+    "data.max_pairs": 300,
+    "train.max_steps": 12,
     "train.learning_rate": 1e-4,
-    "evaluate.num_prompts": 32,
+    "evaluate.num_prompts": 48,
     "evaluate.max_new_tokens": 32,
 }
 RUN_ONLY = {"evaluate.drift_prompts": 4, "evaluate.drift_candidates": 2}
@@ -49,9 +51,7 @@ SIZES, REPLICATES = (1, 2, 3, 4, 5, 6, 8, 10), 4
 
 
 def points() -> list[dict[str, float]]:
-    return [
-        {"constraint.multiplier": m, "train.beta": b} for m in AXES["constraint.multiplier"] for b in AXES["train.beta"]
-    ]
+    return [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
 
 
 def command(*arguments: str, keys: dict[str, object]) -> None:
