@@ -43,7 +43,10 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | tr ' ' '\n' | grep -m1 -v '^127\.')
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | tr ' ' '\n' | grep -m1 '[0-9]') || {
+  [ ${#nodes[@]} -eq 1 ] || { echo "slurm.sh: node $head has no address that others could reach" >&2; exit 1; }
+  address=127.0.0.1
+}
 srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" \
   ray start --head --block --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 \
   --dashboard-port="$dashboard" --num-cpus="$cpus" --disable-usage-stats &

@@ -234,7 +234,7 @@ def test_the_ray_cluster_names_a_submission_that_is_accepted() -> None:
 
 STAND_INS = {
     "scontrol": "printf 'node1\\nnode2\\nnode3\\n'",
-    "hostname": "echo 127.0.1.1 10.1.2.3",
+    "hostname": "echo 10.1.2.3 172.17.0.1",
     # runs a command as srun would, and says where
     "srun": """
 while [[ $1 == --* ]]; do options="${options:-} $1"; shift; done
