@@ -362,3 +362,19 @@ def test_a_run_without_a_constraint_says_so(tmp_path, overrides, reason):
         load_config(overrides=overrides), tmp_path, facts={"rank": {}}, records=[], evaluated=EVALUATED
     )
     assert isinstance(report, NotMeasured) and reason in report.reason
+
+
+def test_costs_that_no_constraint_read_are_shown_when_answers_were_sampled(tmp_path):
+    config = load_config(overrides=["train.objective=dpo", "cost_model.source=embedded"])
+    settings = SampledSettings(num_answers=4, temperature=0.7, prompt_safety=0.75, before=priced_samples())
+    found = constraint_report(
+        config,
+        tmp_path,
+        facts={"rank": {}},
+        records=[],
+        evaluated=EVALUATED,
+        sampled=SampledRun(settings=settings, after=priced_samples(-0.5)),
+    )
+    assert isinstance(found, ConstraintReport) and found.sampled is not None
+    text = Page(constraint_section(found)).text
+    assert "No constraint" in text and "Became unsafe, of prompts that were safe" in text
