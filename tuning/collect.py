@@ -30,7 +30,6 @@ from raylign.types import Completion
 from tuning.grid import Screened
 from tuning.pareto import front_shares, on_front
 from tuning.result import PointResult, SeedResult, SweepResult
-from tuning.search_space import PointKeys
 from tuning.sweep_config import Sweep, Trial
 from tuning.trial import reward_group, stopped_at, train_manifest
 
@@ -250,8 +249,3 @@ def _read_by(sweep: Sweep, trial: Trial, shared: Sequence[LedgerRow]) -> list[Le
 
 def _sum(ledgers: Sequence[Sequence[LedgerRow]]) -> Cost:
     return sum((total(rows) + total_reused(rows) for rows in ledgers), Cost())
-
-
-def point_axis(point: PointResult, key: str) -> PointKeys:
-    """The other axes of a point, so that a curve over one key holds them fixed."""
-    return {name: value for name, value in point.keys.items() if name != key}

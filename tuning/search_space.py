@@ -56,11 +56,6 @@ class Axis:
             return float(generator.uniform(low, high))
         return math.exp(generator.uniform(math.log(low), math.log(high)))
 
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """Values that a check looks at: all that are listed, or both ends."""
-        return self.values
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
@@ -191,5 +186,5 @@ def random_points(axes: Sequence[Axis], *, num: int, seed: int) -> list[PointKey
 
 def corner_points(axes: Sequence[Axis]) -> list[PointKeys]:
     """Points that together show every listed value and both ends of every range, for checks before a search."""
-    longest = max(len(axis.ends) for axis in axes)
-    return [{axis.key: axis.ends[min(row, len(axis.ends) - 1)] for axis in axes} for row in range(longest)]
+    longest = max(len(axis.values) for axis in axes)
+    return [{axis.key: axis.values[min(row, len(axis.values) - 1)] for axis in axes} for row in range(longest)]
