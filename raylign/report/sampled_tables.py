@@ -149,9 +149,8 @@ def _cells(row: MeasureRow, measure: Measure | None, key: str) -> list[Cell]:
             tone=_tone(row, measure.change.mean) if is_marked else "",
         )
     known = [value for value in measure.by_seed if math.isfinite(value)]
-    ends = (
-        [format_number(end, row.unit, is_difference=row.is_change) for end in (min(known), max(known))] if known else []
-    )
+    ends = [format_number(end(known), row.unit, is_difference=row.is_change) for end in (min, max) if known]
+    ends = list(dict.fromkeys(ends))  # one where all seeds agree
     seeds = Cell(text=" to ".join(ends), key=f"{key}.by_seed" if ends else "")
     return [
         Cell(text=format_interval(measure.value, row.unit, is_difference=row.is_change), key=f"{key}.value"),
