@@ -14,7 +14,7 @@ length; n = 2B sequences, chosen first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -197,9 +197,6 @@ class TokenRewardForward(PolicyForward):
 
     def _sigma(self, said_k2: torch.Tensor) -> torch.Tensor | None:
         return None if self.form.q_from is None else F.softplus(said_k2[:, 1]) + self.form.sigma_floor
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def _values(
         self, hidden_ND: torch.Tensor, labels_N: torch.Tensor

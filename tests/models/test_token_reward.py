@@ -22,6 +22,7 @@ from raylign.types import TokenizedPair
 GAUSSIAN = TokenForm(q_from="logits", sigma_floor=0.01)
 END = 2
 PROMPT = [1, 40, 41, 42]
+SCALE, SHIFT = torch.tensor([2.0, 0.5]), torch.tensor([0.1, -0.2])  # of two members
 RESPONSES = [[50, 51, 52, END], [60, 61, END], [70, END]]
 
 
@@ -155,8 +156,8 @@ def test_pairs_texts_and_single_responses_have_one_belief(policy_dir, tokenizer,
         tokenizer,
         members=names,
         score=score,
-        scale=torch.tensor([2.0, 0.5]),
-        shift=torch.tensor([0.1, -0.2]),
+        scale=SCALE,
+        shift=SHIFT,
     )
     chosen, rejected = reward.posterior_of_pairs([pair(RESPONSES[0], RESPONSES[1]), pair(RESPONSES[2], RESPONSES[0])])
     order = [RESPONSES[1], RESPONSES[0], RESPONSES[2]]
@@ -193,6 +194,8 @@ def test_credit_of_tokens(policy_dir, tokenizer, score, credit):
         score=score,
         credit=credit,
         dense_weight=1.0 if credit == "own" else 0.75,
+        scale=SCALE,
+        shift=SHIFT,
     )
     prompts, responses = [PROMPT] * 3, RESPONSES
     belief = reward.posterior(prompts, responses)
@@ -200,12 +203,13 @@ def test_credit_of_tokens(policy_dir, tokenizer, score, credit):
     assert [len(rewards) for rewards in found] == [4, 3, 2] and found[0].dtype == np.float32
     outputs = [read_member(reward, name) for name in names]
     if credit == "own":
-        expected = torch.stack([out.mu[:4] for out in outputs]).mean(0)
+        expected = (torch.stack([out.mu[:4] for out in outputs], 1) * SCALE).mean(1)  # a shift would pay for length
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
     else:
         totals = belief.mean.clone()
-        if credit == "differences" and score != "sum":
-            totals -= 0.75 * torch.stack([out.before for out in outputs]).mean(0)[0]
+        if credit == "differences":
+            before = torch.stack([out.before for out in outputs], 1)[0] * (score != "sum")
+            totals -= 0.75 * (before * SCALE + SHIFT).mean()
         np.testing.assert_allclose([rewards.sum() for rewards in found], totals, atol=1e-5)
     assert not np.allclose(found[0][:-1], 0)
     # what closing adds is the last given token's; of two end tokens the second one is nothing
