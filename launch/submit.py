@@ -141,12 +141,12 @@ class Options:
 
     address: str
     working_dir: Path
-    env: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    submission_id: str | None = None
-    wait_s: float = 0.0
-    is_dry_run: bool = False
-    is_followed: bool = True
+    env: Sequence[str]
+    exclude: Sequence[str]
+    submission_id: str | None
+    wait_s: float
+    is_dry_run: bool
+    is_followed: bool
 
 
 def run_submit(group: click.Group, arguments: Sequence[str], options: Options) -> int:
