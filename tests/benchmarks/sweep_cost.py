@@ -88,21 +88,21 @@ def cost_below(directory: Path) -> Cost:
 
 
 def table(directory: Path) -> str:
+    """Both sides and their ratio; an estimate, and called one, when not all runs have been made."""
     names = [f"run-{index:02d}" for index in range(len(points()))]
-    missing = [name for name in ("sweep", *names) if not (directory / f"{name}.json").exists()]
-    if missing:
-        return f"not measured: {', '.join(missing)} are still to be run"
-    wall = {name: json.loads((directory / f"{name}.json").read_text())["wall_s"] for name in ("sweep", *names)}
-    cpu = {name: cost_below(directory / name).device_s["cpu"] for name in ("sweep", *names)}
-    sides = {
-        "16 separate runs": (sum(wall[name] for name in names), sum(cpu[name] for name in names)),
-        "one sweep": (wall["sweep"], cpu["sweep"]),
-    }
+    done = [name for name in names if (directory / f"{name}.json").exists()]
+    if not done or not (directory / "sweep.json").exists():
+        return f"not measured: {directory} holds {len(done)} of {len(names)} runs, and a sweep or none"
+    wall = {name: json.loads((directory / f"{name}.json").read_text())["wall_s"] for name in ("sweep", *done)}
+    cpu = {name: cost_below(directory / name).device_s["cpu"] for name in ("sweep", *done)}
+    scale = len(names) / len(done)
+    separate = tuple(scale * sum(of[name] for name in done) for of in (wall, cpu))
+    label = "16 separate runs" + ("" if len(done) == len(names) else f" (estimate: {len(done)} of them x {scale:.2f})")
     lines = ["| | wall, s | reserved CPU-seconds (ledgers) |", "|---|---|---|"]
-    lines += [f"| {name} | {side[0]:,.0f} | {side[1]:,.0f} |" for name, side in sides.items()]
-    separate, one = sides["16 separate runs"], sides["one sweep"]
-    lines.append(f"| ratio | {separate[0] / one[0]:.2f} | {separate[1] / one[1]:.2f} |")
-    each = sorted(wall[name] for name in names)
+    lines.append(f"| {label} | {separate[0]:,.0f} | {separate[1]:,.0f} |")
+    lines.append(f"| one sweep | {wall['sweep']:,.0f} | {cpu['sweep']:,.0f} |")
+    lines.append(f"| ratio | {separate[0] / wall['sweep']:.2f} | {separate[1] / cpu['sweep']:.2f} |")
+    each = sorted(wall[name] for name in done)
     lines.append(f"\none run: {each[0]:.0f} to {each[-1]:.0f} s; settings {json.dumps(COMMON)}")
     return "\n".join([*lines, json.dumps(versions())])
 
