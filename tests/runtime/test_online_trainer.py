@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import ray.data
 import ray.train
 import torch
+from tiny_token_reward import save_token_reward
 from transformers import AutoModelForCausalLM
 
 from raylign.config import load_config
 from raylign.errors import DataError, OutputExistsError, ResourceError
+from raylign.models.loading import resolve_model
 from raylign.runtime.fitted_reward import FittedReward, RewardFacts
-from raylign.runtime.online_trainer import check_reward
+from raylign.runtime.online_trainer import check_reward, run_online
 from raylign.runtime.resources import ResourcePlan, check_plan
+from raylign.runtime.text_rewards import make_text_reward
 from raylign.training.rounds import RoundStore
 
 NUM_ROUNDS = 2
@@ -112,6 +116,35 @@ def test_rounds_are_sampled_from_the_weights_of_their_start(scored: Scored, tmp_
     assert result.metrics["step"] == 4
     with pytest.raises(OutputExistsError, match=r"run\.resume=true"):
         run(scored, tmp_path, name="a")
+    await_free_cpus()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_sampled_responses_are_trained_on_token_by_token(scored: Scored, tmp_path: Path) -> None:
+    """Every stored response has the rewards that its reward model gives its tokens, and the records tell of them."""
+    model = Path(resolve_model("embedded"))
+    table = pa.concat_tables(ray.get(scored.pairs.to_arrow_refs()))
+    reward = save_token_reward(tmp_path / "reward", table, model)
+    values = {
+        **{name: SECTIONS[name] for name in ("online", "sampler")},
+        "reward": {"kind": "ava_p", "num_heads": 2},
+        "train": {**TRAIN, "method": "policy_gradient"},
+        "policy_gradient": {"credit": "token"},
+    }
+    config = load_config(values=values)
+    run_online(
+        scored.pairs, config=config, model_path=model, heads=reward, layers=(), storage_path=tmp_path, name="tokens"
+    )
+    judge = make_text_reward(model, config.reward_model, directory=reward / "full")
+    for index in range(NUM_ROUNDS):
+        items = RoundStore(tmp_path / "tokens" / "rounds").read(index).scored
+        prompts, responses = zip(*((item.rollout.prompt_ids, item.rollout.response_ids) for item in items), strict=True)
+        for item, expected in zip(items, judge.token_rewards(prompts, responses), strict=True):
+            np.testing.assert_allclose(item.token_rewards, expected, atol=1e-4)
+    told = [line["actor/token_reward/at_end"] for line in records(tmp_path / "tokens") if "sync/version" in line]
+    assert len(told) == NUM_ROUNDS and all(0 < share < 1 for share in told)
     await_free_cpus()
 
 

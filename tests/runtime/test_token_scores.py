@@ -5,30 +5,25 @@ Real here: a two-layer policy, its members of AVA, their files, the scorer. The 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 import torch
 from tiny_texts import save_policy, text_pairs
+from tiny_token_reward import SECTION, save_token_reward
 
-from raylign.config import PolicySection, RewardModelSection, RewardSection, RobustSection, TokenRewardSection
+from raylign.config import RobustSection, TokenRewardSection
 from raylign.data.tokenization import end_of_response_id
 from raylign.models.loading import load_tokenizer
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import pairs_from_table
-from raylign.runtime.fitted_reward import FittedTexts
 from raylign.runtime.scorer import ResponseScorer
-from raylign.runtime.text_reward_job import FitTask, fit_group
 from raylign.runtime.text_rewards import make_text_reward
 from raylign.runtime.token_examples import token_examples
-from raylign.runtime.token_members import kind_facts
 from raylign.types import Rollout
 
-SECTION = RewardModelSection(lora_rank=2, lora_alpha=4, epochs=1, batch_size=8, learning_rate=1e-2, batch_tokens=512)
 OPTIONS = ActorOptions(dtype="float32", num_cpus=torch.get_num_threads())
 
 
@@ -39,29 +34,7 @@ def policy_dir(make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def reward_dir(make_tokenizer: Any, policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the reward phase leaves: two members fitted to all training pairs, without a second fold."""
-    directory = tmp_path_factory.mktemp("reward")
-    (directory / "full").mkdir()
-    table = text_pairs(make_tokenizer())
-    task = FitTask(
-        reward=RewardSection(kind="ava_p", num_heads=2, head_data="all"),
-        reward_model=SECTION,
-        policy=PolicySection(dtype="float32"),
-        model_path=str(policy_dir),
-        output_dir=directory / "full",
-        seed=3,
-        num_cpus=1,
-        num_gpus=0,
-    )
-    parts = tuple(table.filter(pc.equal(table["split"], split)) for split in ("train", "valid"))
-    for member in range(2):
-        fit_group(parts, task, [member])
-    facts = {"kind": "ava_p", "names": task.names, "scale": None, "shift": None, "seed": 3, **kind_facts(task)}
-    (directory / "full" / "text_reward.json").write_text(json.dumps(facts))
-    FittedTexts(
-        kind="ava_p", centers=(0.0,), full_center=0.0, temperature=1.0, fold_seed=0, metrics={}, directory=directory
-    ).save(directory)
-    return directory
+    return save_token_reward(tmp_path_factory.mktemp("reward") / "fitted", text_pairs(make_tokenizer()), policy_dir)
 
 
 @pytest.fixture(scope="module")
