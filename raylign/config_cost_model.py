@@ -41,7 +41,7 @@ class CostModelSection(Section):
     lora_rank: int = Field(8, ge=1, description="rank of a member's adapter")
     lora_alpha: int = Field(16, ge=1, description="scale of the adapter is lora_alpha / lora_rank")
     epochs: int = Field(
-        10, ge=0, description="passes over the pairs, of heads after the ridge start; unless set, 2 for fine_tuned"
+        10, ge=0, description="passes over the pairs, of heads after the ridge start; unless set, 1 for fine_tuned"
     )
     batch_size: int = Field(32, ge=1, description="pairs of one step; unless set, 16 for fine_tuned")
     learning_rate: float = Field(
@@ -52,6 +52,6 @@ class CostModelSection(Section):
     regularization: float = Field(1e-3, ge=0, description="weight of the squared cost in the loss")
 
 
-# What suits members: fits take long, and few passes over the pairs are enough.
-FINE_TUNED_DEFAULTS = {"folds": 2, "epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
+# What suits members: fits take long, and a second pass over the pairs makes costs overconfident.
+FINE_TUNED_DEFAULTS = {"folds": 2, "epochs": 1, "batch_size": 16, "learning_rate": 1e-3}
 FINE_TUNED_KEYS = ("lora_rank", "lora_alpha")  # of members alone

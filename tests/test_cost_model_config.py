@@ -50,8 +50,8 @@ def test_members_have_steps_of_their_own_unless_given():
         return section.folds, section.epochs, section.batch_size, section.learning_rate
 
     assert found("cost_model.source=labels") == (5, 10, 32, 1e-4)
-    assert found("cost_model.source=fine_tuned") == (2, 2, 16, 1e-3)
-    assert found("cost_model.source=fine_tuned", "cost_model.folds=3", "cost_model.epochs=1") == (3, 1, 16, 1e-3)
+    assert found("cost_model.source=fine_tuned") == (2, 1, 16, 1e-3)
+    assert found("cost_model.source=fine_tuned", "cost_model.folds=3", "cost_model.epochs=2") == (3, 2, 16, 1e-3)
 
 
 @pytest.mark.parametrize(
