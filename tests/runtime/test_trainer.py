@@ -168,6 +168,38 @@ def test_a_killed_worker_costs_no_bit(
     assert total(rows).counts.num_items == NUM_PAIRS + (4 + 2) + NUM_PAIRS - (2 - killed.cost.counts.num_items)
 
 
+def test_a_killed_variational_run_ends_where_a_plain_loop_does(
+    ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
+) -> None:
+    from raylign.runtime.train_worker import WorkerTask, build_state
+    from raylign.training.loop import train_offline
+    from raylign.training.order import DataOrder
+    from raylign.training.table import PairTable, read_split
+    from raylign.training.world import World
+
+    config = make_config("train.objective=ava_p", "ava.discount=0.9", "train.max_failures=1")
+    result = run(config, model_dir, pairs_dir, tmp_path)
+    assert (tmp_path / "train" / "updates").read_text() == "0 1 2 3 4 3 4 5 6 7 8 9 "
+
+    task = WorkerTask(
+        config=config, pairs=str(pairs_dir), model=str(model_dir), base=None, identity={}, reward=None, metrics=""
+    )
+    table = PairTable(read_split(pairs_dir, "train"))
+    order = DataOrder(num_pairs=NUM_PAIRS, batch_size=4, seed=0, epochs=2)
+    state, packing = build_state(task, table, order, World())
+    expected: list[dict[str, float]] = []
+    train_offline(state, table, order, settings=config.train, packing=packing, seed=0, on_record=expected.append)
+    trained = dict(state.policy.model.state_dict())
+    found = weights(result)
+    assert_bitwise({name: trained[name] for name in found}, found)
+    heads = load_file(Path(result.checkpoint.path) / "token_heads" / "heads.safetensors")
+    assert_bitwise(dict(state.policy.token_heads.state_dict()), heads)
+    assert records(tmp_path) == [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in expected]
+
+    with pytest.raises(CheckpointError, match=r"ava\.discount: was 0\.9, now 0\.95"):
+        run(make_config("train.objective=ava_p", "run.resume=true"), model_dir, pairs_dir, tmp_path)
+
+
 def test_a_worker_that_always_dies_is_explained(
     ray_cluster: None, model_dir: Path, pairs_dir: Path, tmp_path: Path, dying_worker: None
 ) -> None:
