@@ -66,4 +66,7 @@ class AvaSection(Section):
     )
     standardize_td: bool = Field(True, description="divide TD errors by their running deviation; the prior is N(0, 1)")
     detach_q: bool = Field(False, description="keep the gradient of the TD term from q, hence from the policy")
+    head_learning_rate: float = Field(
+        1e-3, gt=0, description="AdamW step of the new reward head beside a trained policy (train.objective)"
+    )
     sigma_floor: float = Field(1e-2, ge=0, description="smallest standard deviation of a token's reward")

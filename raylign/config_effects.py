@@ -259,6 +259,7 @@ def _add_idle_tokens(config: RunConfig, reads: Callable[[bool, str, Sequence[str
     is_spread = config.token_reward.credit != "own"
     reads(is_spread, "token_reward", ["dense_weight"], "set token_reward.credit=differences or attention")
     reads(bool(readers), "ava", list(AvaSection.model_fields), "set reward.kind or train.objective to ava_p or ava_d")
+    reads(set(readers) & set(offline) != set(), "ava", ["head_learning_rate"], "set train.objective to ava_p or ava_d")
     reads("ava_p" in readers, "ava", ["cer_weight", "cer", "negative"], "set reward.kind or train.objective to ava_p")
     reads(ava.cer_weight > 0, "ava", ["cer"], "set ava.cer_weight above 0")
     has_irl = ava.irl_weight > 0

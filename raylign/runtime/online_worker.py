@@ -151,8 +151,8 @@ def build_online_state(
         module,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
-        value_heads=unwrap(module).value_heads,
-        value_learning_rate=gradient.value_learning_rate,
+        heads=unwrap(module).value_heads,
+        head_learning_rate=gradient.value_learning_rate,
     )
     scheduler = build_scheduler(
         optimizer, schedule=train.schedule, num_updates=schedule.num_updates, warmup_fraction=train.warmup_fraction

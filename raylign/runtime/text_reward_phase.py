@@ -57,7 +57,7 @@ def text_key(config: RunConfig, model_path: str) -> dict[str, Any]:
         "policy": model_fingerprint(model_path),
         "dtype": config.policy.dtype,
         **({"score": config.token_reward.score} if kind in TOKEN_REWARDS else {}),
-        **({"ava": config.ava.model_dump()} if kind in AVA else {}),
+        **({"ava": config.ava.model_dump(exclude={"head_learning_rate"})} if kind in AVA else {}),
     }
 
 
@@ -116,11 +116,11 @@ def fit_text_reward(
         fn_kwargs={"num_folds": 0 if is_external else num_folds, "seed": config.run.seed},
     )
     parts: dict[int, Path | None] = {**fits} or {FULL: None}
-    for fold, members in parts.items():
+    for fold, source in parts.items():
         # with one fold what was fitted to all pairs is all that there is
         own = pairs if len(parts) == 1 else pairs.map_batches(_only, batch_format="pyarrow", fn_kwargs={"fold": fold})
         rewarded = score_dataset(
-            own, model_path=model_path, reward_model=config.reward_model, directory=members, options=options
+            own, model_path=model_path, reward_model=config.reward_model, directory=source, options=options
         )
         with execution(rewarded):
             rewarded.write_parquet(str(scored / f"part{fold}"))

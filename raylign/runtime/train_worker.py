@@ -191,7 +191,7 @@ def build_state(
     from raylign.training.metrics import MetricWindow
     from raylign.training.micro_batches import Packing
     from raylign.training.optim import build_optimizer, build_scheduler
-    from raylign.training.parallel import distribute
+    from raylign.training.parallel import distribute, unwrap
     from raylign.training.state import TrainerState
     from raylign.training.variational import Variational
 
@@ -205,7 +205,13 @@ def build_state(
     )
     live = build_live_confidence(task, table, packing, world, num_layers=policy.num_layers)
     module = distribute(policy, parallel=train.parallel, world=world)
-    optimizer = build_optimizer(module, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = build_optimizer(
+        module,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        heads=getattr(unwrap(module), "token_heads", None),
+        head_learning_rate=task.config.ava.head_learning_rate,
+    )
     scheduler = build_scheduler(
         optimizer, schedule=train.schedule, num_updates=order.num_updates, warmup_fraction=train.warmup_fraction
     )

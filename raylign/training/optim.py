@@ -15,8 +15,8 @@ def build_optimizer(
     *,
     learning_rate: float,
     weight_decay: float,
-    value_heads: nn.Module | None = None,
-    value_learning_rate: float = 0.0,
+    heads: nn.Module | None = None,
+    head_learning_rate: float = 0.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (norms, biases) are never decayed.
 
@@ -24,19 +24,19 @@ def build_optimizer(
         model: the module to train; frozen parameters are left out.
         learning_rate: peak step.
         weight_decay: decoupled decay of matrices.
-        value_heads: part of `model` that has a step of its own and no decay.
-        value_learning_rate: that step.
+        heads: new part of `model`, which has a step of its own and no decay.
+        head_learning_rate: that step.
 
     Returns:
         Optimizer with the moments of Adam at (0.9, 0.999), the field's default for preference tuning.
     """
-    heads = [] if value_heads is None else list(value_heads.parameters())
-    is_head = {id(parameter) for parameter in heads}
+    own = [] if heads is None else list(heads.parameters())
+    is_head = {id(parameter) for parameter in own}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in is_head]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        {"params": heads, "weight_decay": 0.0, "lr": value_learning_rate},
+        {"params": own, "weight_decay": 0.0, "lr": head_learning_rate},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
 

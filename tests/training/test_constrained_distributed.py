@@ -56,8 +56,8 @@ def train(model_dir: str, output: str, method: str, parallel: str, world: World)
         module,
         learning_rate=1e-2,
         weight_decay=0.0,
-        value_heads=unwrap(module).value_heads,
-        value_learning_rate=1e-2,
+        heads=unwrap(module).value_heads,
+        head_learning_rate=1e-2,
     )
     state = TrainerState(
         policy=module,

@@ -66,7 +66,7 @@ class Trial:
         is_gae = self.config.policy_gradient.advantage == "gae"
         policy = PolicyForward(load_policy(source, dtype="float32"), num_values=2 * is_gae)
         optimizer = build_optimizer(
-            policy, learning_rate=1e-2, weight_decay=0.1, value_heads=policy.value_heads, value_learning_rate=1e-2
+            policy, learning_rate=1e-2, weight_decay=0.1, heads=policy.value_heads, head_learning_rate=1e-2
         )
         scheduler = build_scheduler(optimizer, schedule="cosine", num_updates=SCHEDULE.num_updates, warmup_fraction=0.1)
         window = GradientWindow(has_cost_values=is_gae)

@@ -221,7 +221,7 @@ def test_the_value_head_learns_returns_and_leaves_the_model_alone() -> None:
     model = make_policy(num_values=1)
     zero = replace(targets, advantages=torch.zeros_like(targets.advantages))
     optimizer = build_optimizer(
-        model, learning_rate=1e-2, weight_decay=0.0, value_heads=model.value_heads, value_learning_rate=1e-2
+        model, learning_rate=1e-2, weight_decay=0.0, heads=model.value_heads, head_learning_rate=1e-2
     )
     before = copy.deepcopy(model.state_dict())
     gradient_update(

@@ -55,8 +55,8 @@ def train(model_dir: str, output: str, method: str, parallel: str, world: World)
         module,
         learning_rate=1e-2,
         weight_decay=0.0,
-        value_heads=unwrap(module).value_heads,
-        value_learning_rate=1e-2,
+        heads=unwrap(module).value_heads,
+        head_learning_rate=1e-2,
     )
     scheduler = build_scheduler(optimizer, schedule="constant", num_updates=SCHEDULE.num_updates, warmup_fraction=0)
     window = GradientWindow() if is_gradient else MetricWindow(has_confidence=False)
@@ -130,7 +130,7 @@ def test_two_workers_end_where_one_does(tmp_path: Path, method: str, parallel: s
             directory = tmp_path / name / last
             policy = PolicyForward(load_policy(directory / POLICY, dtype="float32"), num_values=1)
             optimizer = build_optimizer(
-                policy, learning_rate=1e-2, weight_decay=0.0, value_heads=policy.value_heads, value_learning_rate=1e-2
+                policy, learning_rate=1e-2, weight_decay=0.0, heads=policy.value_heads, head_learning_rate=1e-2
             )
             scheduler = build_scheduler(
                 optimizer, schedule="constant", num_updates=SCHEDULE.num_updates, warmup_fraction=0
