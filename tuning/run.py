@@ -21,7 +21,7 @@ from raylign.models.loading import resolve_model
 from raylign.runtime.check import check_packages
 from raylign.runtime.features_job import read_features
 from raylign.runtime.pair_states import read_states
-from raylign.runtime.phases import digest, renamed, write_json
+from raylign.runtime.phases import digest, renamed
 from raylign.runtime.progress import phase_line
 from raylign.runtime.run_phases import Phases, check_demand, open_phases
 from tuning.collect import REWARDS, SHARED, collect, evaluate_seed
@@ -33,11 +33,11 @@ from tuning.sweep_config import Sweep, SweepSection, Trial, cheap_part, check_di
 from tuning.trial import (
     IS_DONE,
     REWARD_SECTIONS,
-    STOPPED_FILE,
     TRIAL_FILE,
     SharedPhases,
     TuneTrial,
     is_trained,
+    mark_stopped,
     reward_group,
     stopped_at,
     stored_config,
@@ -221,11 +221,10 @@ class TrialLog(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune when a trial ends by itself or is stopped."""
         own, last = self._sweep.trial_of(trial.config), trial.last_result
-        is_done = bool(last.get(IS_DONE))
-        if not is_done:
-            name = self._sweep.sweep.metric
-            write_json(own.directory / STOPPED_FILE, {"step": last["step"], name: last.get(name)})
-        phase_line("trial", f"{own.name} " + ("done" if is_done else f"stopped at update {last['step']}"))
+        if not last.get(IS_DONE):
+            mark_stopped(own.directory, last, self._sweep.sweep.metric)
+        stopped = stopped_at(own.directory)
+        phase_line("trial", f"{own.name} " + ("done" if stopped is None else f"stopped at update {stopped}"))
 
 
 def known_trials(sweep: Sweep) -> list[Trial]:

@@ -263,8 +263,20 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             ray.kill(self._runner)
 
 
+def mark_stopped(directory: Path, result: Mapping[str, Any], metric: str) -> None:
+    """Write down that a scheduler stopped a trial, unless it is finished or was stopped before: the first word counts.
+
+    Args:
+        directory: of the trial.
+        result: the last one that the scheduler saw.
+        metric: that it compared.
+    """
+    if stopped_at(directory) is None and not is_trained(directory):
+        write_json(directory / STOPPED_FILE, {"step": result["step"], metric: result.get(metric)})
+
+
 def is_trained(directory: Path) -> bool:
-    """Whether the train phase of a trial is finished and no scheduler dropped the trial, which may cross."""
+    """Whether the train phase of a trial is finished and no scheduler had dropped the trial before."""
     manifest = train_manifest(directory)
     return manifest is not None and manifest["status"] == "done" and stopped_at(directory) is None
 

@@ -19,6 +19,7 @@ from tuning.trial import (
     TuneTrial,
     check_metric,
     is_trained,
+    mark_stopped,
     next_record,
     read_records,
     reward_group,
@@ -87,6 +88,17 @@ def test_a_stopped_trial_stays_stopped_where_it_was(sweep: Sweep) -> None:
     trial = started(sweep)
     assert [trial.step()["step"] for _ in range(3)] == [1, 2, 2]
     assert trial._runner is None
+
+
+def test_the_first_word_of_a_scheduler_counts(tmp_path: Path) -> None:
+    mark_stopped(tmp_path, {"step": 3, "loss": 0.5}, "loss")
+    mark_stopped(tmp_path, {"step": 1, "loss": 0.9}, "loss")
+    assert json.loads((tmp_path / STOPPED_FILE).read_text()) == {"step": 3, "loss": 0.5}
+    finished = tmp_path / "finished"
+    record(finished, 1)
+    mark(finished, "done")
+    mark_stopped(finished, {"step": 1}, "loss")
+    assert is_trained(finished)
 
 
 def test_points_with_the_same_heads_share_a_reward_whatever_their_confidence(tmp_path: Path) -> None:
