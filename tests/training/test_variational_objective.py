@@ -49,7 +49,7 @@ def make_policy(**form: Any) -> VariationalPolicy:
     policy = VariationalPolicy(tiny_model().double(), form=TokenForm(**{"q_from": "logits"} | form), seed=0)
     policy.token_heads.double()
     with torch.no_grad():  # fresh heads would say nearly the same of every token
-        policy.token_heads.reward.weight.mul_(20)
+        policy.token_heads.reward.weight.normal_(0, 0.4, generator=torch.Generator().manual_seed(0))
     return policy
 
 
