@@ -179,7 +179,7 @@ def _use_token(address: str) -> None:
             "it prints into the file ~/.ray/auth_token (chmod 600), or into RAY_AUTH_TOKEN"
         )
     os.environ["RAY_AUTH_MODE"] = "token"
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # Ray has cached the mode when it was imported
 

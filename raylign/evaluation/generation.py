@@ -50,7 +50,7 @@ class GeneratedResponse:
     reached_end: bool
 
 
-class GumbelNoise(LogitsProcessor):
+class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Turns greedy decoding into sampling with one random stream per row.
 
     Args:

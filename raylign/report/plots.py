@@ -82,7 +82,7 @@ _SHARES = {
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG image."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 

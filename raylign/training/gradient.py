@@ -304,7 +304,7 @@ def gradient_update(
                     num_sequences=len(members),
                 )
                 # DDP and FSDP average gradients over workers; the sum is what equals one large batch.
-                (share * world.size).backward()
+                (share * world.size).backward()  # type: ignore[no-untyped-call]
             sums += _sums(losses, weight, packed)
         sums = world.sum(sums).cpu()
     value_heads = unwrap(policy).value_heads

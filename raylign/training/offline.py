@@ -134,7 +134,7 @@ def offline_update(
                     columns |= variational.losses(scores, weight, is_filler=not micro.weight)
                 # DDP and FSDP average gradients over workers; the sum is what equals one large batch.
                 loss = (columns["loss"] * weight).sum() * (world.size / batch.num_pairs)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             if micro.weight:
                 _store(values, [columns[name] for name in names], packed.pair_index)
                 values[-2] += packed.num_real_tokens

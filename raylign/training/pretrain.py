@@ -171,7 +171,7 @@ def fit(
             group["lr"] = learning_rate_at(progress, config)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.is_bf16):
             loss = loss_fn(loss_model or model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
