@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from raylign.data.conversations import Ids
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
 from raylign.data.tokenization import end_of_response_id
 from raylign.errors import DataError
@@ -55,8 +56,8 @@ class ScoredResponses:
 @torch.no_grad()
 def score_responses(
     forward: PolicyForward,
-    prompt_ids: Sequence[Sequence[int]],
-    response_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Ids],
+    response_ids: Sequence[Ids],
     *,
     layout: Layout,
     pad_token_id: int,
@@ -120,7 +121,7 @@ def score_responses(
     return ScoredResponses(logps=logps, lengths=lengths, states=states, token_logps=token_logps)
 
 
-def couple_answers(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def couple_answers(prompt_ids: Sequence[Ids]) -> list[tuple[int, int]]:
     """Positions of answers two by two, both to the same prompt; an odd one stands with itself."""
     by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for position, ids in enumerate(prompt_ids):
@@ -144,8 +145,8 @@ class ResponseReward(Protocol):
 
     def __call__(
         self,
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Ids],
+        response_ids: Sequence[Ids],
         states: torch.Tensor | None,
     ) -> RewardPosterior:
         """Belief about the rewards of N responses, on the CPU.
@@ -172,8 +173,8 @@ class StatesReward:
 
     def __call__(
         self,
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Ids],
+        response_ids: Sequence[Ids],
         states: torch.Tensor | None,
     ) -> RewardPosterior:
         """See `ResponseReward`."""

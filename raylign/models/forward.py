@@ -63,7 +63,8 @@ class PolicyForward(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The transformers model below peft."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
     def num_layers(self) -> int:

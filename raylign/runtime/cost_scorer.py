@@ -23,6 +23,7 @@ from raylign.runtime.text_rewards import load_foreign
 if TYPE_CHECKING:
     import torch
 
+    from raylign.data.conversations import Ids
     from raylign.evaluation.scoring import ResponseReward
     from raylign.rewards.posterior import RewardPosterior
     from raylign.runtime.evaluators import ActorOptions
@@ -46,7 +47,7 @@ class ResponseCost:
         return self.belief.layers
 
     def __call__(
-        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], states: torch.Tensor | None
+        self, prompt_ids: Sequence[Ids], response_ids: Sequence[Ids], states: torch.Tensor | None
     ) -> torch.Tensor:
         """Costs (N,) of N responses; see `ResponseReward`."""
         return self.of(self.belief(prompt_ids, response_ids, states))

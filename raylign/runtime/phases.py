@@ -95,7 +95,13 @@ class Run:
             return directory, manifest["facts"]
         spent = manifest["seconds"] if manifest is not None else 0.0
         directory.mkdir(parents=True, exist_ok=True)
-        record = {"status": "started", "key": key, "seconds": spent, "facts": {}, "versions": versions()}
+        record: dict[str, Any] = {
+            "status": "started",
+            "key": key,
+            "seconds": spent,
+            "facts": {},
+            "versions": versions(),
+        }
         write_json(directory / MANIFEST, record)
         phase_line(name, "started")
         start = time.monotonic()

@@ -68,7 +68,7 @@ def align(config: RunConfig) -> AlignResult:
         checkpoint, train_facts = phases.train_online(ingest, ingest_facts["fingerprint"], reward, reward_key, cost)
     _, evaluation_facts = phases.evaluate(checkpoint, ingest, reward, reward_key)
     if cost is not None and config.evaluate.constraint_samples:
-        policies = {"before": model, "after": checkpoint}
+        policies: dict[str, str | Path] = {"before": model, "after": checkpoint}
         sample_policies(phases, policies, seed=config.run.seed, reward=reward, reward_key=reward_key, cost=cost)
     report = write_report(
         config,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from raylign.data.conversations import Ids
     from raylign.evaluation.scoring import ResponseReward
     from raylign.models.reward_model import TextReward
     from raylign.rewards.posterior import RewardPosterior
@@ -67,7 +68,7 @@ class TextsReward:
         self._reward = reward
 
     def __call__(
-        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], states: torch.Tensor | None
+        self, prompt_ids: Sequence[Ids], response_ids: Sequence[Ids], states: torch.Tensor | None
     ) -> RewardPosterior:
         """See `ResponseReward`."""
         return self._reward.posterior(prompt_ids, response_ids)
@@ -85,7 +86,7 @@ class TokensReward(TextsReward):
         self._tokens = reward
 
     def token_rewards(
-        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], *, rule: Rule | None = None
+        self, prompt_ids: Sequence[Ids], response_ids: Sequence[Ids], *, rule: Rule | None = None
     ) -> list[np.ndarray]:
         """See `TokenReward.token_rewards`."""
         return self._tokens.token_rewards(prompt_ids, response_ids, rule=rule)

@@ -7,16 +7,20 @@ Shapes: B rows, L tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from raylign.errors import DataError, ShapeError
 from raylign.training.pretrain import Batch, LossFn, bucket_indices, pad_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def pooled_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+
+def pooled_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Final hidden states of all tokens and of the pooled one.
 
     Args:
@@ -49,7 +53,7 @@ def make_classifier_loss(*, lm_weight: float, label_smoothing: float) -> LossFn:
     Pre-Training", Eq. 5.
     """
 
-    def classifier_loss(model: nn.Module, batch: Batch) -> Tensor:
+    def classifier_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         if batch.labels.ndim != 1:
             raise ShapeError(f"class labels must have shape (B,), found {tuple(batch.labels.shape)}")
         states_BLD, pooled_BD = pooled_states(model, batch)
@@ -91,7 +95,7 @@ def labelled_batches(
 
 @torch.no_grad()
 def predict_in_order(
-    model: nn.Module, rows: Sequence[tuple[Sequence[int], int]], *, pad_id: int, batch_size: int = 16
+    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], int]], *, pad_id: int, batch_size: int = 16
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled states, logit differences and labels, in the order of the rows.
 
@@ -156,7 +160,7 @@ def fit_platt(logit_difference: Tensor, labels: Tensor, *, ridge: float = 1e-3) 
 
 
 @torch.no_grad()
-def fold_calibration(model: nn.Module, states: Tensor, *, scale: float, shift: float) -> float:
+def fold_calibration(model: PreTrainedModel, states: Tensor, *, scale: float, shift: float) -> float:
     """Write a calibration into the bias-free head, so that a zero logit difference is the balanced decision.
 
     The scale multiplies the weights. The shift needs a bias the head lacks; the direction v = S^-1 m / (m' S^-1 m),
