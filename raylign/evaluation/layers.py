@@ -61,7 +61,9 @@ def layer_curve(
     (weight_LD,) = ridge_probes(chosen, rejected, layer_mean=layer_mean_LD, layer_rms=layer_rms_L, ridge=ridge)
 
     def scores(states_MLD: torch.Tensor, layer: int) -> torch.Tensor:
-        return (states_MLD[:, layer].float() - layer_mean_LD[layer]) @ weight_LD[layer] / layer_rms_L[layer]
+        centred_MD = states_MLD[:, layer].float() - layer_mean_LD[layer]
+        score_M: torch.Tensor = centred_MD @ weight_LD[layer] / layer_rms_L[layer]
+        return score_M
 
     records = []
     for layer in range(chosen.shape[1]):

@@ -156,7 +156,7 @@ class TokenReward:
         outputs = self._read(pairs, with_attention=self._credit == "attention")
         rewards_N = self._credited(outputs, rule or (lambda belief: belief.mean)).float()
         lengths = torch.bincount(outputs[0].sequence, minlength=outputs[0].num_sequences)
-        by_sequence = rewards_N.split(lengths.tolist())
+        by_sequence = torch.split(rewards_N, lengths.tolist())
         return [
             _as_given(by_sequence[row].numpy(), len(ids))
             for row, ids in zip(rows_n.tolist(), response_ids, strict=True)

@@ -158,7 +158,8 @@ def fit_cost_heads(features: ray.data.Dataset, *, config: RunConfig, layers: tup
             weights=weights,
         ).head
 
-    found = cross_fit(*train.sides, groups, num_folds=settings.folds, seed=seed, fit=fit)
+    chosen, rejected = train.sides
+    found = cross_fit(chosen, rejected, groups, num_folds=settings.folds, seed=seed, fit=fit)
     return FittedCost(source="labels", full=found.full, heads=found.heads, layers=layers, fold_seed=seed, model=model)
 
 

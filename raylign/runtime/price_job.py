@@ -124,7 +124,7 @@ def price_table(table: pa.Table, *, shared: Any) -> pa.Table:
     for name in ("chosen_states", "rejected_states"):
         states = torch.from_numpy(states_from_column(table[name])[:, positions].copy())
         members = torch.zeros(len(table), fitted.full.num_heads)
-        for k in fold.unique().tolist():
+        for k in torch.unique(fold).tolist():
             head = fitted.full if k == FULL else fitted.heads[k]
             members[fold == k] = predict(head, states[fold == k]).head_rewards
         costs.append(members.numpy())

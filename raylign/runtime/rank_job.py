@@ -103,7 +103,7 @@ def _beliefs(table: pa.Table, fold: torch.Tensor, reward: FittedReward) -> tuple
     """Each pair by the head of its fold, in the order of the table."""
     rows, beliefs = [], []
     states = [torch.from_numpy(states_from_column(table[f"{name}_states"]).copy()) for name in ("chosen", "rejected")]
-    for k in fold.unique().tolist():
+    for k in torch.unique(fold).tolist():
         rows.append((fold == k).nonzero()[:, 0])
         head = reward.full if k == FULL else reward.heads[k]
         beliefs.append([predict(head, side[rows[-1]]) for side in states])

@@ -327,9 +327,10 @@ def _confidence(config: RunConfig, facts: Mapping[str, Any] | None) -> Confidenc
     if config.confidence.source == "live":
         return NotMeasured(reason="it changes during a live run; see confidence/mean and flips under Training")
     names = {field.name for field in fields(ConfidenceFacts)}
-    return ConfidenceFacts(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in names}
-    )
+    known: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in names
+    }
+    return ConfidenceFacts(**known)
 
 
 def _flat(summary: Mapping[str, Any]) -> dict[str, float | None]:

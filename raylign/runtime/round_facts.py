@@ -95,7 +95,8 @@ def round_facts(scored: Sequence[ScoredRollout], sync: SyncReport) -> dict[str, 
 
 def _member_facts(scored: Sequence[ScoredRollout]) -> dict[str, float]:
     """Which members of the reward decide, and how far they are apart; nothing with one member."""
-    if scored[0].head_rewards is None:
+    members = [item.head_rewards for item in scored if item.head_rewards is not None]
+    if len(members) < len(scored):
         return {}
     import torch
 
@@ -103,7 +104,7 @@ def _member_facts(scored: Sequence[ScoredRollout]) -> dict[str, float]:
 
     scales = [item.head_scales for item in scored if item.head_scales is not None]
     facts = member_facts(
-        torch.from_numpy(np.stack([item.head_rewards for item in scored])),
+        torch.from_numpy(np.stack(members)),
         torch.from_numpy(np.stack(scales)) if scales else None,
     )
     named = {

@@ -73,8 +73,8 @@ def pairs_difference(
     for ours, theirs in zip(old.ids, new.ids, strict=True):
         if ours != theirs:
             return f"pair {min(ours, theirs)} is only in one of them"
-    for row, (ours, theirs) in enumerate(zip(old.digests, new.digests, strict=True)):
-        if ours != theirs:
+    for row, (our_digest, their_digest) in enumerate(zip(old.digests, new.digests, strict=True)):
+        if our_digest != their_digest:
             return f"tokens, split, fold or safety labels of pair {old.ids[row]}"
     is_close = np.isclose(new.numbers, old.numbers, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
     if not is_close.all():
@@ -119,4 +119,5 @@ def _read(batches: Iterable[pa.RecordBatch | pa.Table]) -> _Facts:
 def _column(batch: pa.RecordBatch | pa.Table, name: str) -> np.ndarray:
     if name not in batch.schema.names:
         return np.full(batch.num_rows, np.nan)
-    return batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    numbers: np.ndarray = batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return numbers

@@ -280,7 +280,7 @@ def fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequence
         **rows,
     )
     weights_NM = member_weights(len(train), task.reward.num_heads, head_data=task.reward.head_data, seed=task.seed)
-    backward = token_objective(task) if fits_tokens else bradley_terry_backward
+    objective = token_objective(task) if fits_tokens else None
     losses_MU = train_members(
         forward,
         names,
@@ -288,15 +288,15 @@ def fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequence
         options=options,
         seeds=[member_seed(task.seed, member) for member in members],
         weights=None if weights_NM is None else weights_NM[:, list(members)],
-        backward=backward,
+        backward=bradley_terry_backward if objective is None else objective,
     )
     seconds = time.monotonic() - started_s
     records = []
     for position, (member, name) in enumerate(zip(members, names, strict=True)):
         _save_member(forward.model, name, task.output_dir, forward.heads[name] if fits_tokens else None)
         forward.activate(name)
-        if fits_tokens:
-            rewards_2N, more = judge_tokens(forward, valid, task, backward, **rows)
+        if objective is not None:
+            rewards_2N, more = judge_tokens(forward, valid, task, objective, **rows)
         else:
             rewards_2N, more = score_pairs(forward, valid, **rows), {}
         records.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,11 +74,12 @@ def read_token_examples(directory: Path) -> tuple[TokenExample, ...]:
     file = directory / PHASE / EXAMPLES_FILE
     if not file.is_file():
         return ()
-    lists = ("tokens", "means", "sigmas")
-    return tuple(
-        TokenExample(**{n: tuple(v) if n in lists and v is not None else v for n, v in row.items()})
-        for row in json.loads(file.read_text(encoding="utf-8"))
-    )
+    return tuple(_example(row) for row in json.loads(file.read_text(encoding="utf-8")))
+
+
+def _example(row: Mapping[str, Any]) -> TokenExample:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return TokenExample(**values)
 
 
 def token_examples(
