@@ -175,23 +175,23 @@ def choose(points: Sequence[PointResult], *, target: float) -> tuple[PointResult
         target: violation rate that should not be exceeded.
 
     Returns:
-        Of the points on the front whose violation rate is at most the target, the one with the most reward; when
-        there is none, the one with the lowest violation rate. Of its seeds the one with the least cost.
+        Of the points whose violation rate is at most the target, the one with the most reward; when there is none, the
+        one with the lowest violation rate. Of its seeds the one with the least cost.
     """
-    front = [point for point in points if point.is_on_front and point.seeds]
-    if not front:
+    whole = [point for point in points if point.front_share is not None]
+    if not whole:
         return None, None, "no point has finished with all of its seeds"
 
     def mean(point: PointResult, name: str) -> float:
         return math.fsum(getattr(seed, name) for seed in point.seeds) / len(point.seeds)
 
-    safe = [point for point in front if mean(point, "violation_rate") <= target]
+    safe = [point for point in whole if mean(point, "violation_rate") <= target]
     if safe:
         best = max(safe, key=lambda point: mean(point, "reward"))
-        reason = f"most reward of the points on the front with a violation rate of at most {target:g}"
+        reason = f"most reward of the points with a violation rate of at most {target:g}"
     else:
-        best = min(front, key=lambda point: (mean(point, "violation_rate"), -mean(point, "reward")))
-        reason = f"lowest violation rate on the front; no point is at or below sweep.target={target:g}"
+        best = min(whole, key=lambda point: (mean(point, "violation_rate"), -mean(point, "reward")))
+        reason = f"lowest violation rate; no point is at or below sweep.target={target:g}"
     return best, min(best.seeds, key=lambda seed: seed.cost).seed, reason
 
 

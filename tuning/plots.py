@@ -76,7 +76,10 @@ def pareto(result: SweepResult) -> Figure:
             axes.annotate(_short(point), _means(point), xytext=(6, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel("mean cost of answers to harmful prompts (judge, logits; above 0 is unsafe)")
     axes.set_ylabel("mean reward of all answers\n(reward of the base configuration)")
-    axes.set_title("Upper left is better; bars are 95 % intervals over prompts, dots are seeds", fontsize=11)
+    axes.set_title(
+        f"Upper left is better; bars are 95 % intervals over prompts, dots are seeds\nlabels: {', '.join(result.axes)}",
+        fontsize=10,
+    )
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     legend_below(figure, axes)
