@@ -13,7 +13,7 @@ Shape letters: B pairs of the update, K heads, L layers, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class LiveConfidence:
     @property
     def heads(self) -> Sequence[RewardHead]:
         """The K heads as they are now."""
-        return list(self._heads)
+        return cast(list[RewardHead], list(self._heads))
 
     def begin_update(self, policy: nn.Module, batch: PairBatch) -> None:
         """Forget the last update; run the forward without gradient where E4 needs the whole batch first.
@@ -209,12 +209,12 @@ class LiveConfidence:
         return torch.where(fold < 0, beliefs_K3B.mean(0), beliefs_K3B.gather(0, own)[0])
 
     def _squash(self, beliefs: torch.Tensor) -> torch.Tensor:
-        is_centred = self._settings.center == "ema" and self.center.value is not None
+        center = self.center.value if self._settings.center == "ema" else None
         return pair_confidence(
             *beliefs,
             alpha=self._settings.alpha,
             floor=self._settings.floor,
-            center=self.center.value if is_centred else 0.0,
+            center=0.0 if center is None else center,
             level=self._settings.level,
             squash=self._settings.squash,
             temperature=self._temperature,
@@ -224,9 +224,10 @@ class LiveConfidence:
         assert self._anchors is not None and self._anchor_order is not None
         batch = self._anchors.batch(self._anchor_order.batch(update))
         fold = batch.fold.to(self._world.device)
-        kept = []
+        kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for micro, scores in encode(policy, batch.tokens, layers=self.layers, packing=self._packing, world=self._world):
             if micro.weight:
+                assert scores.chosen_states is not None and scores.rejected_states is not None
                 kept.append((scores.chosen_states, scores.rejected_states, torch.tensor(micro.indices)))
         self._head_step(kept, fold)
 
@@ -253,10 +254,11 @@ class LiveConfidence:
                 chosen, rejected = head(chosen_states).head_rewards, head(rejected_states).head_rewards
                 loss = margin_loss(chosen, rejected, margin_target=self._reward.margin_target)
                 loss = loss + self._reward.bce_weight * anchor_loss(chosen, rejected)
-                ((loss * mask).sum() / count).backward()
-        flat = self._world.sum(torch.cat([p.grad.flatten() for p in parameters]))
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(gradient.view_as(parameter))
+                ((loss * mask).sum() / count).backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in parameters if p.grad is not None]  # of all: they started as zeros
+        flat = self._world.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, total in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
         self._optimizer.step()
 
     def _head_optimizer(self) -> torch.optim.AdamW:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from raylign.config import TrainSection
+from raylign.training.metrics import MetricWindow
 from raylign.training.micro_batches import Packing
 from raylign.training.offline import offline_update
 from raylign.training.order import DataOrder
@@ -76,6 +77,7 @@ def train_offline(
                 costs=costs,
             )
             costs.count(batch.tokens)
+            assert isinstance(state.window, MetricWindow)
             state.window.add(summary)
             epoch = order.epoch_after(state.update)
             state.update += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -32,7 +32,8 @@ def distribute(policy: PolicyForward, *, parallel: Literal["ddp", "fsdp"], world
         # Layer by layer first: a model that fits no single device is moved in shards.
         for layer in policy.decoder_layers():
             fully_shard(layer, mesh=mesh, mp_policy=precision)
-        return fully_shard(policy, mesh=mesh, mp_policy=precision)
+        fully_shard(policy, mesh=mesh, mp_policy=precision)
+        return policy
     policy = policy.to(world.device)
     if world.size == 1:
         return policy
@@ -40,9 +41,9 @@ def distribute(policy: PolicyForward, *, parallel: Literal["ddp", "fsdp"], world
     return DistributedDataParallel(policy, broadcast_buffers=False)
 
 
-def unwrap(policy: nn.Module) -> nn.Module:
+def unwrap(policy: nn.Module) -> PolicyForward:
     """The `PolicyForward` inside DDP; FSDP2 changes modules in place and needs no unwrapping."""
-    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+    return cast(PolicyForward, policy.module if isinstance(policy, DistributedDataParallel) else policy)
 
 
 def is_sharded(policy: nn.Module) -> bool:

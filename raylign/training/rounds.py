@@ -165,7 +165,8 @@ class Round:
             raise TrainingError(
                 f"round {self.index + 1} holds {sum(lengths)} rewards of tokens for {self.offsets[-1]} tokens; {_CURE}"
             )
-        return np.concatenate(found).astype(np.float64)
+        rewards: np.ndarray = np.concatenate(found)
+        return rewards.astype(np.float64)
 
     def with_rewards(self, rewards: np.ndarray) -> Round:
         """The round with other rewards, (n,), for example penalised ones; last tokens get the difference."""

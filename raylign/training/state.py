@@ -22,7 +22,7 @@ import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -109,7 +109,8 @@ def save_checkpoint(
     if world.rank != 0:
         return
     (directory / _STATE).mkdir(parents=True, exist_ok=True)
-    unwrap(state.policy).model.save_pretrained(directory / POLICY, state_dict=weights)
+    model: Any = unwrap(state.policy).model
+    model.save_pretrained(directory / POLICY, state_dict=weights)
     adapter = directory / POLICY / "adapter_config.json"
     if base is not None and adapter.is_file():
         # Set before, a hub id would make peft ask the hub about it at every checkpoint.
@@ -249,7 +250,7 @@ def full_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
     model = unwrap(policy).model
     is_adapter = hasattr(model, "get_base_model")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
-    weights = get_model_state_dict(policy, options=options)
+    weights = _whole_tensors(policy, options)
     # Gathering copies a tied matrix once per name, which hides from transformers that one file entry is enough.
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
@@ -261,7 +262,7 @@ def value_weights(policy: nn.Module) -> dict[str, torch.Tensor] | None:
     """Whole tensors of the value heads on the CPU, None without any; a collective for shards."""
     if unwrap(policy).value_heads is None:
         return None
-    weights = get_model_state_dict(policy, options=_FULL)
+    weights = _whole_tensors(policy, _FULL)
     return {name: tensor for name, tensor in weights.items() if name.startswith(_VALUES)}
 
 
@@ -269,12 +270,17 @@ def token_heads(policy: nn.Module) -> dict[str, torch.Tensor] | None:
     """Whole tensors of the heads of tokens on the CPU by their names there, or None; a collective for shards."""
     if not isinstance(unwrap(policy), VariationalPolicy):
         return None
-    weights = get_model_state_dict(policy, options=_FULL)
+    weights = _whole_tensors(policy, _FULL)
     return {
         name.removeprefix(_TOKEN_HEADS): tensor.contiguous()
         for name, tensor in weights.items()
         if name.startswith(_TOKEN_HEADS)
     }
+
+
+def _whole_tensors(policy: nn.Module, options: StateDictOptions) -> dict[str, torch.Tensor]:
+    """What `get_model_state_dict` gives with `full_state_dict`, of modules whose whole state is tensors."""
+    return cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=options))
 
 
 def restore_values(policy: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

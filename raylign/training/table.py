@@ -80,11 +80,11 @@ class PairTable:
         """Hash over everything that training reads."""
         digest = hashlib.blake2b("\0".join(row_ids).encode(), digest_size=8)
         for values, offsets in self._tokens.values():
-            digest.update(values)
-            digest.update(offsets)
+            digest.update(values.data)
+            digest.update(offsets.data)
         numbers = (self._ref_chosen_logps, self._ref_rejected_logps, self._fold, self._weight, self._label_confidence)
         for column in numbers:
-            digest.update(b"absent" if column is None else column)
+            digest.update(b"absent" if column is None else column.data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ def count_split(path: str | Path, split: Split) -> int:
     source = _open(path)
     if "split" not in source.schema.names:
         return source.count_rows() if split == "train" else 0
-    return source.count_rows(filter=pc.field("split") == split)
+    return int(source.count_rows(filter=pc.field("split") == split))
 
 
 def _open(path: str | Path) -> pads.Dataset:

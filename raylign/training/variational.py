@@ -86,6 +86,7 @@ class Variational:
         self._is_first = self.scale.count == 0 and self._has_scale
         if self._is_first:
             for micro, scores in encode(policy, batch.tokens, layers=None, packing=packing, world=self._world):
+                assert isinstance(scores, TokenScores)  # the policy is a `VariationalPolicy`
                 self._count_td(scores, is_filler=not micro.weight)
             self._move_scale()
 
