@@ -123,9 +123,10 @@ def points_table(points: tuple[ConstraintPoint, ...], *, is_stored: bool) -> Tab
 
 def _cell(point: ConstraintPoint, index: int, name: str, unit: Unit) -> Cell:
     value = getattr(point, name)
-    tone = "bad" if name == "multiplier" and point.is_at_cap else ""
     return Cell(
-        text="-" if value is None else format_number(value, unit), key=f"constraint.points.{index}.{name}", tone=tone
+        text="-" if value is None else format_number(value, unit),
+        key=f"constraint.points.{index}.{name}",
+        tone="bad" if name == "multiplier" and point.is_at_cap else "",
     )
 
 

@@ -241,7 +241,8 @@ def constrain_table(table: pa.Table, *, shared: Any) -> pa.Table:
     fold = torch.from_numpy(table["fold"].to_numpy().astype(np.int64))
     has_center = confidence.center == "ema"
     belief = pair_confidence(
-        *rewards,
+        rewards[0],
+        rewards[1],
         margin.variance,
         alpha=confidence.alpha,
         floor=confidence.floor,
