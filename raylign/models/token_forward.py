@@ -89,9 +89,19 @@ class TokenHeads(nn.Module):
         form: what the member says.
         seed: of the weights, N(0, std); the global generator is left as it was.
         std: of the weights.
+        rho_scale: factor of those of rho, so that at first sigma is near log 2 for all tokens.
     """
 
-    def __init__(self, width: int, vocab_size: int, form: TokenForm, *, seed: int = 0, std: float = 0.02) -> None:
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        form: TokenForm,
+        *,
+        seed: int = 0,
+        std: float = 0.02,
+        rho_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.reward = nn.utils.skip_init(nn.Linear, width, 1 if form.q_from is None else 2)
@@ -103,6 +113,7 @@ class TokenHeads(nn.Module):
                 if head is not None:
                     head.weight.normal_(0, std, generator=generator)
             self.reward.bias.zero_()
+            self.reward.weight[1:] *= rho_scale
 
     def save(self, directory: Path) -> None:
         """Write `HEADS_FILE`."""

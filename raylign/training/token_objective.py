@@ -19,7 +19,7 @@ from raylign.losses.reward import anchor_loss, margin_loss
 from raylign.losses.variational import TdScale, sequence_score, td_errors, td_moments
 from raylign.models.token_forward import TokenOutputs, TokenRewardForward
 from raylign.training.reward_model import MemberTraining, weighted_batches
-from raylign.types import TokenizedPair
+from raylign.types import PackedBatch, TokenizedPair
 
 NUM_RECORDS = 4  # per member; each one costs a backward pass of the batch per term
 
@@ -83,7 +83,9 @@ class AvaObjective:
     """The variational objective, and what it remembers of each member.
 
     Token means are over the tokens of the whole batch: sums of micro-batches are divided by its counts. The deviation
-    that standardises TD errors is that of the updates before, so that it does not depend on how a batch is cut.
+    that standardises TD errors is that of the updates before, so that it does not depend on how a batch is cut. The
+    first batch is read twice for its own: undivided errors of several nats would start Adam with a gradient so large
+    that its steps stay small for hundreds of updates.
 
     Args:
         settings: coefficients and forms.
@@ -111,7 +113,8 @@ class AvaObjective:
     ) -> float:
         """Add the gradient of one member's batch and return its loss, see `train_members`."""
         read = {int(row): pairs[row] if self._has_rejected else _demonstration(pairs[row]) for row in rows}
-        scale, update = self._scales.get(name, TdScale()), self._num_updates.get(name, 0)
+        update = self._num_updates.get(name, 0)
+        scale = self._scales.get(name) or self._first_scale(forward, read, rows, weights_N, options)
         td_std = scale.std if self._settings.standardize_td else 1.0
         tally = _Tally(forward, name) if _is_recorded(update, len(pairs), options) else None
         counts = AvaCounts(
@@ -119,25 +122,42 @@ class AvaObjective:
             rejected_tokens=sum(len(pairs[row].rejected_ids) for row in rows) if self._has_rejected else 0,
             num_responses=len(rows),
         )
-        moments = torch.zeros(3, dtype=torch.float64)
+        moments_3 = torch.zeros(3, dtype=torch.float64)
         total = 0.0
         for members, batch in weighted_batches(read, rows, weights_N, options, forward.device):
-            outputs = forward.read(batch)
-            if not self._has_rejected:
-                outputs = _first_sequences(outputs, batch.num_pairs)
+            outputs = self._read(forward, batch)
             weights_B = weights_N[members].to(outputs.mu.device)
             shares = self._shares(outputs, weights_B, counts, td_std)
             if tally is not None:
                 tally.add(shares, outputs)
             shares.loss.backward()  # type: ignore[no-untyped-call]
             total += float(shares.loss.detach())
-            moments += self._moments(outputs).cpu()
-        count, sum_, squares = moments.tolist()
-        self._scales[name] = scale.updated(count=count, total=sum_, squares=squares)
+            moments_3 += self._moments(outputs)
+        self._scales[name] = _updated(scale, moments_3)
         self._num_updates[name] = update + 1
         if tally is not None:
             self.records.setdefault(name, []).append(tally.record(update=update + 1, td_std=td_std))
         return total
+
+    @torch.no_grad()
+    def _first_scale(
+        self,
+        forward: TokenRewardForward,
+        pairs: Mapping[int, TokenizedPair],
+        rows: np.ndarray,
+        weights_N: torch.Tensor,
+        options: MemberTraining,
+    ) -> TdScale:
+        """Of the first batch by the member that nothing has trained yet."""
+        moments_3 = torch.zeros(3, dtype=torch.float64)
+        for _, batch in weighted_batches(pairs, rows, weights_N, options, forward.device):
+            moments_3 += self._moments(self._read(forward, batch))
+        return _updated(TdScale(), moments_3)
+
+    def _read(self, forward: TokenRewardForward, batch: PackedBatch) -> TokenOutputs:
+        """What the member says of the responses that count."""
+        outputs = forward.read(batch)
+        return outputs if self._has_rejected else _first_sequences(outputs, batch.num_pairs)
 
     def _shares(self, outputs: TokenOutputs, weights_B: torch.Tensor, counts: AvaCounts, td_std: float) -> AvaShares:
         """Shares of the batch's terms, each 0-d."""
@@ -173,9 +193,13 @@ class AvaObjective:
     def _moments(self, outputs: TokenOutputs) -> torch.Tensor:
         assert outputs.q is not None
         ava = self._settings
-        return td_moments(
-            *td_errors(outputs.q.detach(), outputs.sequence, discount=ava.discount, terminal=ava.terminal)
-        )
+        errors = td_errors(outputs.q.detach(), outputs.sequence, discount=ava.discount, terminal=ava.terminal)
+        return td_moments(*errors).cpu()
+
+
+def _updated(scale: TdScale, moments_3: torch.Tensor) -> TdScale:
+    count, total, squares = moments_3.tolist()
+    return scale.updated(count=count, total=total, squares=squares)
 
 
 class _Tally:

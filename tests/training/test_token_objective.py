@@ -32,7 +32,10 @@ def policy_dir(make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
 def members(policy_dir: Path, names: tuple[str, ...] = ("member0",), form: TokenForm = FORM) -> TokenRewardForward:
     model = load_policy(policy_dir)
     seeds = [int(name[-1]) for name in names]
-    heads = {name: TokenHeads(16, model.config.vocab_size, form, seed=s) for name, s in zip(names, seeds, strict=True)}
+    heads = {
+        name: TokenHeads(16, model.config.vocab_size, form, seed=seed, rho_scale=0.1)
+        for name, seed in zip(names, seeds, strict=True)
+    }
     adapters = add_adapters(model, names, rank=2, alpha=4, seeds=seeds, task_type="CAUSAL_LM")
     return TokenRewardForward(adapters, heads, form=form).eval()
 
@@ -91,6 +94,11 @@ OBJECTIVES = {
     "ava_d": lambda: AvaObjective(AvaSection(terminal="drop"), has_rejected=False),
     "token_bt": lambda: BradleyTerryTokens("mean"),
 }
+UNSCALED = {  # the deviation of TD errors is over the pairs that count, whatever their weights
+    **OBJECTIVES,
+    "ava_p": lambda: AvaObjective(AvaSection(standardize_td=False), has_rejected=True),
+    "ava_d": lambda: AvaObjective(AvaSection(standardize_td=False, terminal="drop"), has_rejected=False),
+}
 
 
 @pytest.mark.parametrize("kind", list(OBJECTIVES))
@@ -118,13 +126,14 @@ def test_a_pair_of_weight_two_counts_twice_and_one_of_weight_zero_is_gone(kind, 
         for pair in (first, second, third, fourth)
     ]
     weights = torch.tensor([2.0, 0.0, 1.0, 1.0])
-    weighted = gradient(forward, OBJECTIVES[kind](), same, weights=weights)
-    assert_same(weighted, gradient(forward, OBJECTIVES[kind](), [same[0], same[0], same[2], same[3]]))
+    weighted = gradient(forward, UNSCALED[kind](), same, weights=weights)
+    assert_same(weighted, gradient(forward, UNSCALED[kind](), [same[0], same[0], same[2], same[3]]))
 
 
 def test_the_loss_is_that_of_the_terms_over_the_whole_batch(policy_dir):
     forward, pairs = members(policy_dir), made_up_pairs()
-    found, _ = gradient(forward, AvaObjective(AvaSection(), has_rejected=True), pairs, batch_tokens=64)
+    plain = AvaSection(standardize_td=False)
+    found, _ = gradient(forward, AvaObjective(plain, has_rejected=True), pairs, batch_tokens=64)
     out = read_pairs(forward.eval(), pairs, layout="padded", pad_token_id=0, batch_tokens=4096)
     sums = ava_sums(
         out.q, out.mu, out.sigma, out.sequence, len(pairs), has_rejected=True, discount=0.95, terminal="zero",
@@ -159,17 +168,31 @@ def test_bare_demonstrations_are_fine_tuning_on_the_chosen_responses(policy_dir)
 
 
 def test_td_errors_are_divided_by_the_deviation_of_the_updates_before(policy_dir):
-    """The second update uses the moments of the first; records say so."""
+    """The first update by its own; the last one by moments in which the first ones, before training, count too."""
     pairs = made_up_pairs(16)
     forward = members(policy_dir)
     out = read_pairs(forward, pairs, layout="shared", pad_token_id=0, batch_tokens=512)
     moments = td_moments(*td_errors(out.q, out.sequence, discount=0.95, terminal="zero")).tolist()
     expected = TdScale().updated(count=moments[0], total=moments[1], squares=moments[2]).std
     objective = AvaObjective(AvaSection(), has_rejected=True)
-    train_members(forward, ["member0"], pairs, options=options(batch_size=16, epochs=2), seeds=[0], backward=objective)
-    first, second = objective.records["member0"]
-    assert (first.update, first.td_std, second.update) == (1, 1.0, 2)
+    train_members(forward, ["member0"], pairs, options=options(batch_size=16, epochs=3), seeds=[0], backward=objective)
+    first, second, third = objective.records["member0"]
+    assert (first.update, second.update, third.update) == (1, 2, 3)
+    assert first.td_std == pytest.approx(expected, rel=1e-4)
     assert second.td_std == pytest.approx(expected, rel=1e-4)
+    assert third.td_std != pytest.approx(expected, rel=1e-4)
+    plain = AvaObjective(AvaSection(standardize_td=False), has_rejected=True)
+    train_members(members(policy_dir), ["member0"], pairs, options=options(), seeds=[0], backward=plain)
+    assert {record.td_std for record in plain.records["member0"]} == {1.0}
+
+
+def test_td_errors_do_not_drown_the_other_terms_of_the_first_update(policy_dir):
+    forward, pairs = members(policy_dir), made_up_pairs()
+    objective = AvaObjective(AvaSection(), has_rejected=True)
+    gradient(forward, objective, pairs)
+    (record,) = objective.records["member0"]
+    assert record.sigma_min > 0.6  # near log 2, until rho is trained
+    assert record.grad_norms["td"] < 20 * record.grad_norms["likelihood"]
 
 
 def test_members_trained_together_are_those_trained_alone_and_records_hold_every_term(policy_dir):
