@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up .venv with the development extras and the CPU build of vLLM, then lint, types, documentation (warnings are
-# errors; the pages lie in build/docs) and tests. Arguments go to pytest.
+# Set up .venv with the development extras and the CPU build of vLLM, then lint, types (of all code but the tests),
+# documentation (warnings are errors; the pages lie in build/docs) and tests. Arguments go to pytest.
 # Tests that need neither Ray nor vLLM run beside the others; what they print comes after. Where an argument chooses
 # tests (a path, -m, -k), all that it chose run one after the other.
 set -euo pipefail
