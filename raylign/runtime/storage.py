@@ -58,7 +58,7 @@ def check_visible(storage: Path, inputs: Mapping[str, str], nodes: Mapping[str, 
     probe = storage / f".raylign-probe-{uuid.uuid4().hex}"
     probe.write_text("", encoding="utf-8")
     paths = {"run.storage": str(probe)} | dict(inputs)
-    look = ray.remote(_missing).options(num_cpus=0, max_retries=0)
+    look = ray.remote(num_cpus=0, max_retries=0)(_missing)
     try:
         asked = {
             node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths)
