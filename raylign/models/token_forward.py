@@ -104,10 +104,10 @@ class TokenHeads(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.reward = nn.utils.skip_init(nn.Linear, width, 1 if form.q_from is None else 2)
+        self.reward = nn.utils.skip_init(nn.Linear, width, 1 if form.q_from is None else 2)  # type: ignore[no-untyped-call]
         self.q: nn.Linear | None = None
         if form.q_from == "q_head":
-            self.q = nn.utils.skip_init(nn.Linear, width, vocab_size, bias=False)
+            self.q = nn.utils.skip_init(nn.Linear, width, vocab_size, bias=False)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for head in (self.reward, self.q):
                 if head is not None:
