@@ -294,7 +294,7 @@ def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], prin
 @click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable the job sees; secrets by name only.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Files not to ship, beside .gitignore, .rayignore.")
 @click.option("--submission-id", metavar="ID", help="Name of the job; Ray makes one otherwise.")
-@click.option("--wait", "wait_s", default=0.0, metavar="SECONDS", help="Wait so long for nodes that hold the job.")
+@click.option("--wait", "wait_s", default=0.0, metavar="SECONDS", help="Wait so long for the cluster to hold the job.")
 @click.option("--dry-run", is_flag=True, help="Print the `ray job submit` line that does the same, and stop.")
 @click.option("--no-follow", is_flag=True, help="Return when the job is submitted.")
 @click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")

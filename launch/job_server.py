@@ -235,9 +235,23 @@ def await_supply(
 
 
 def submit_job(
-    client: JobSubmissionClient, *, entrypoint: str, runtime_env: Mapping[str, Any], submission_id: str | None
+    client: JobSubmissionClient,
+    *,
+    entrypoint: str,
+    runtime_env: Mapping[str, Any],
+    submission_id: str | None,
+    wait_s: float,
+    tell: Callable[[str], None],
 ) -> str:
     """Upload, and start the job.
+
+    Args:
+        client: of the server.
+        entrypoint: command line of the job.
+        runtime_env: with the working directory.
+        submission_id: None lets the server make one.
+        wait_s: longest wait for an agent that starts jobs; a server answers some seconds before its agents do.
+        tell: gets the reason to wait, once.
 
     Returns:
         Its submission id.
@@ -245,17 +259,28 @@ def submit_job(
     Raises:
         SubmitError: what the server said.
     """
-    try:
-        return str(client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env), submission_id=submission_id))
-    except (RuntimeError, ValueError, OSError) as error:
-        text = str(error).strip()
-        cure = ""
-        if "No available agent" in text:
-            cure = (
-                "; the agent of the head node is not up: wait a minute, or, with two clusters on that machine, start "
-                "the second with another --dashboard-agent-listen-port"
+    deadline = time.monotonic() + wait_s
+    is_told = False
+    while True:
+        try:
+            return str(
+                client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env), submission_id=submission_id)
             )
-        raise SubmitError(f"the job server refused the job: {_last_line(text)}{cure}") from error
+        except (RuntimeError, ValueError, OSError) as error:
+            text = str(error).strip()
+            is_early = "No available agent" in text
+            if not is_early or time.monotonic() >= deadline:
+                cure = (
+                    "; the agent of the head node is not up: wait (--wait 60), or, with two clusters on that machine, "
+                    "start the second with another --dashboard-agent-listen-port"
+                )
+                raise SubmitError(
+                    f"the job server refused the job: {_last_line(text)}{cure if is_early else ''}"
+                ) from error
+        if not is_told:
+            tell(f"waiting up to {wait_s:g} s for the agent that starts jobs")
+            is_told = True
+        time.sleep(_POLL_S)
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> Outcome:

@@ -134,7 +134,7 @@ class Options:
         env: "NAME" or "NAME=VALUE".
         exclude: further patterns of files that are not shipped.
         submission_id: name of the job.
-        wait_s: longest wait for nodes that hold the job.
+        wait_s: longest wait for nodes that hold the job, and for the agent that starts it.
         is_dry_run: show the line and stop.
         is_followed: hand on the log, the reason and the exit code.
     """
@@ -193,6 +193,8 @@ def run_submit(group: click.Group, arguments: Sequence[str], options: Options) -
         entrypoint=shlex.join(request.entrypoint),
         runtime_env=request.runtime_env(os.environ),
         submission_id=request.submission_id,
+        wait_s=options.wait_s,
+        tell=lambda text: _tell("job", text),
     )
     _tell("job", f"{job} submitted to {address}")
     variables = hand_variables(address, environment, has_token=os.environ.get("RAY_AUTH_MODE") == "token")

@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus
 
 from launch import job_server
 from launch.cli import main
-from launch.job_server import await_supply, connect, find_token, follow, normalise, outcome
+from launch.job_server import await_supply, connect, find_token, follow, normalise, outcome, submit_job
 from raylign.errors import ResourceError, SubmitError
 
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0"})
@@ -193,6 +193,38 @@ def test_a_server_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_server, "_POLL_S", 0)
     with pytest.raises(SubmitError, match="lost the connection to the job server: gone"):
         follow(Job(*[[OSError("gone")]] * 10), "job", print)  # type: ignore[arg-type]
+
+
+class Agents:
+    """A server whose agent comes up after some tries."""
+
+    def __init__(self, *answers: str | Exception) -> None:
+        self.answers = list(answers)
+
+    def submit_job(self, **sent: Any) -> str:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_an_agent_that_is_not_up_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    early = RuntimeError(
+        "Request failed with status code 500: No available agent to submit job, please try again later."
+    )
+    told: list[str] = []
+
+    def send(*answers: str | Exception, wait_s: float) -> str:
+        client: Any = Agents(*answers)
+        return submit_job(client, entrypoint="x", runtime_env={}, submission_id=None, wait_s=wait_s, tell=told.append)
+
+    assert send(early, early, "job_1", wait_s=60) == "job_1"
+    assert told == ["waiting up to 60 s for the agent that starts jobs"]
+    with pytest.raises(SubmitError, match=r"No available agent.*--wait 60.*--dashboard-agent-listen-port"):
+        send(early, wait_s=0)
+    with pytest.raises(SubmitError, match=r"refused the job: ValueError: taken$"):
+        send(RuntimeError("Traceback\n  File x\nValueError: taken"), wait_s=60)
 
 
 def test_nodes_are_waited_for_as_long_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
