@@ -116,15 +116,22 @@ def load_comparison(path: str | Path | None = None, overrides: Sequence[str] = (
             f"compare.baseline={compare.baseline!r} has train.method={kinds[compare.baseline]}; extra costs are "
             "counted from a method with train.method=offline"
         )
-    return Comparison(base=_base_config(merged, trials), compare=compare, trials=trials)
+    return Comparison(base=shared_config(merged, [trial.config for trial in trials]), compare=compare, trials=trials)
 
 
-def _base_config(merged: Mapping[str, Any], trials: Sequence[Trial]) -> RunConfig:
-    """The configuration of the shared phases: constraints belong to methods, what prices responses to all of them."""
+def shared_config(merged: Mapping[str, Any], configs: Sequence[RunConfig]) -> RunConfig:
+    """The configuration of the phases that several runs share.
+
+    Constraints belong to the runs, what prices responses to all of them.
+
+    Args:
+        merged: nested values that the runs share.
+        configs: of the runs.
+    """
     values = {name: section for name, section in merged.items() if name != "constraint"}
-    sources = {cost_source(trial.config) for trial in trials if needs_cost(trial.config)}
+    sources = {cost_source(config) for config in configs if needs_cost(config)}
     if sources:
-        (source,) = sources  # follows from sections that no method may change
+        (source,) = sources  # follows from sections that no run may change
         values["cost_model"] = {**values.get("cost_model", {}), "source": source}
     return load_config(values=without_idle(values))
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from raylign.config_ava import AvaSection, TokenRewardSection
+from raylign.config_constraint import ConstraintSection
 from raylign.config_cost_effects import cost_source, needs_cost
 from raylign.config_cost_model import FINE_TUNED_DEFAULTS, CostModelSection
 from raylign.config_effects import (
@@ -29,7 +30,6 @@ from raylign.config_sections import (
     EMBEDDED,
     BrmeSection,
     ConfidenceSection,
-    ConstraintSection,
     CostSection,
     DataSection,
     EvaluateSection,

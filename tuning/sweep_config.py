@@ -15,16 +15,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from raylign.compare_config import DRIFT_KEYS
+from raylign.compare_config import DRIFT_KEYS, shared_config
 from raylign.config import (
     TEXT_REWARDS,
     RunConfig,
     Section,
-    cost_source,
     idle_keys,
     load_config,
     merge_config,
-    needs_cost,
     without_idle,
 )
 from raylign.errors import ConfigError
@@ -241,7 +239,14 @@ def load_sweep(
                 f"sweep.{name} is set but no axis of space {found.name} can be judged on cached states (reward.*, "
                 "brme.* and label confidence, unless the reward reads texts or nobody reads it); remove it"
             )
-    return Sweep(base=_base_config(merged, trials), sweep=settings, space=found, values=merged, points=points)
+    return Sweep(
+    base = shared_config(merged, [trial.config for trial in trials])
+        base=base,
+        sweep=settings,
+        space=found,
+        values=merged,
+        points=points,
+    )
 
 
 def _settings(section: Any) -> SweepSection:
@@ -325,16 +330,6 @@ def _check_read(merged: Mapping[str, Any], trials: Sequence[Trial]) -> None:
         for name in content:
             if all(f"{section}.{name}" in idle_keys(trial.config) for trial in trials):
                 raise ConfigError(f"{section}.{name} is set but no point of the sweep reads it; remove it")
-
-
-def _base_config(merged: Mapping[str, Any], trials: Sequence[Trial]) -> RunConfig:
-    """The configuration of the shared phases: constraints belong to points, what prices responses to all of them."""
-    values = {name: section for name, section in merged.items() if name != "constraint"}
-    sources = {cost_source(trial.config) for trial in trials if needs_cost(trial.config)}
-    if sources:
-        (source,) = sources  # follows from sections that no point may change
-        values["cost_model"] = {**values.get("cost_model", {}), "source": source}
-    return load_config(values=without_idle(values))
 
 
 def point_name(keys: PointKeys) -> str:
