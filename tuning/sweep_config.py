@@ -239,8 +239,8 @@ def load_sweep(
                 f"sweep.{name} is set but no axis of space {found.name} can be judged on cached states (reward.*, "
                 "brme.* and label confidence, unless the reward reads texts or nobody reads it); remove it"
             )
-    return Sweep(
     base = shared_config(merged, [trial.config for trial in trials])
+    return Sweep(
         base=base,
         sweep=settings,
         space=found,
