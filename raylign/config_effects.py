@@ -72,6 +72,8 @@ def check_effects(config: RunConfig) -> None:
             f"sampler.temperature={config.sampler.temperature:g} and sampler.top_p={config.sampler.top_p:g} must both "
             "be 1 for train.method=policy_gradient: other values sample from another policy than the trained one"
         )
+    if config.sampler.weight_transfer == "nccl" and config.train.method != "offline":
+        _check_transfer(config)
     if config.evaluate.best_of > 1 and config.evaluate.temperature == 0:
         raise ConfigError(
             f"evaluate.best_of={config.evaluate.best_of} needs evaluate.temperature above 0: "
@@ -83,6 +85,25 @@ def check_effects(config: RunConfig) -> None:
     _check_ava(config)
     check_constraint(config)
     check_cost_model(config)
+
+
+def _check_transfer(config: RunConfig) -> None:
+    """Refuse an NCCL transfer between what has no GPU, and of an adapter, which vLLM takes as a file."""
+    gpus = {
+        "sampler.gpus_per_engine": config.sampler.gpus_per_engine,
+        "resources.gpus_per_worker": config.resources.gpus_per_worker,
+    }
+    without = [f"{key}={number:g}" for key, number in gpus.items() if not number]
+    if without:
+        raise ConfigError(
+            f"sampler.weight_transfer=nccl goes from GPU to GPU, found {' and '.join(without)}: give both GPUs, or use "
+            "object_store"
+        )
+    if config.policy.adapter == "lora":
+        raise ConfigError(
+            "sampler.weight_transfer=nccl sends full weights, policy.adapter=lora has an adapter to send, which goes "
+            "through the object store: use object_store"
+        )
 
 
 def _check_reward(config: RunConfig) -> None:

@@ -273,6 +273,9 @@ class SamplerSection(Section):
     cache_mib: int = Field(64, ge=1, description="key-value cache of an engine on CPUs")
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1, description="share of a GPU that an engine may fill")
     enforce_eager: bool = Field(True, description="skip compilation, which starts in seconds instead of minutes")
+    weight_transfer: Literal["object_store", "nccl"] = Field(
+        "object_store", description="way of full weights to the engines; nccl is vLLM's own broadcast from GPU to GPU"
+    )
     start_timeout_s: float = Field(300, gt=0, description="longest wait for engines to start")
     timeout_s: float = Field(600, gt=0, description="longest wait for one call to an engine")
     max_restarts: int = Field(2, ge=0, description="deaths or hangs of engines survived in one run")

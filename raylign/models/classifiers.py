@@ -10,7 +10,8 @@ Shape letters: n sequences, B pairs, M members, C outputs, S row length, D hidde
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -318,6 +319,28 @@ def add_adapters(
             else:
                 wrapped.add_adapter(name, config)
     return wrapped.eval()
+
+
+def save_member(
+    wrapped: PeftModel, name: str, directory: Path, *, more: Callable[[Path], object] | None = None
+) -> None:
+    """Write one adapter to `directory / name`, whole or not at all.
+
+    Peft also writes a card beside the adapter, which members that finish together would contend for.
+
+    Args:
+        wrapped: peft model.
+        name: of the adapter.
+        directory: of the members; an adapter of that name is replaced.
+        more: writes what belongs to the member besides into the directory that it is given.
+    """
+    staging = directory / f".{name}"
+    wrapped.save_pretrained(str(staging), selected_adapters=[name])
+    if more is not None:
+        more(staging / name)
+    shutil.rmtree(directory / name, ignore_errors=True)
+    (staging / name).rename(directory / name)
+    shutil.rmtree(staging)
 
 
 def load_members(model: PreTrainedModel, directories: Sequence[Path]) -> PeftModel:

@@ -138,9 +138,7 @@ class TextReward:
         check_lengths(conversations, responses)
         if self._own is not None:
             return self._score([self._read(*texts) for texts in zip(conversations, responses, strict=True)])
-        prompts = [encode_prompt(self._tokenizer, conversation) for conversation in conversations]
-        answers: list[list[int]] = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses]
-        return self.posterior(prompts, answers)
+        return self.posterior(*policy_ids(self._tokenizer, conversations, responses))
 
     def posterior_of_pairs(self, pairs: Sequence[TokenizedPair]) -> tuple[RewardPosterior, RewardPosterior]:
         """Belief about both responses of B stored pairs, chosen and rejected.
@@ -287,6 +285,20 @@ def check_positions(longest: int, max_tokens: int | None) -> None:
             f"a prompt with its response has {longest} tokens, the reward model {max_tokens} positions; "
             "lower data.max_length or online.max_new_tokens"
         )
+
+
+def policy_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of templated prompts and of open responses.
+
+    Args:
+        tokenizer: of the policy.
+        conversations: turns up to and including the last user turn.
+        responses: texts.
+    """
+    answers: Any = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses]
+    return [encode_prompt(tokenizer, conversation) for conversation in conversations], answers
 
 
 def check_lengths(prompts: Sequence[Any], responses: Sequence[Any]) -> None:

@@ -14,13 +14,12 @@ import torch
 from raylign.data.conversations import ConversationReader, Ids
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
 from raylign.errors import ModelError
-from raylign.evaluation.generation import encode_prompt
 from raylign.evaluation.scoring import couple_answers
 from raylign.losses.logprobs import segment_sum
 from raylign.losses.token_credit import attention_credit, mix_with_end, score_differences
 from raylign.losses.variational import sequence_score, sequence_sigma
 from raylign.models.loading import context_length, resolve_layout
-from raylign.models.reward_model import check_lengths, check_positions, longest_sequence
+from raylign.models.reward_model import check_lengths, check_positions, longest_sequence, policy_ids
 from raylign.models.token_forward import TokenOutputs, TokenRewardForward
 from raylign.rewards.posterior import RewardPosterior, ensemble_posterior
 from raylign.types import Layout, Message, TokenizedPair
@@ -119,9 +118,7 @@ class TokenReward:
             ModelError: as `posterior`.
         """
         check_lengths(conversations, responses)
-        prompts = [encode_prompt(self._tokenizer, conversation) for conversation in conversations]
-        answers: list[list[int]] = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses]
-        return self.posterior(prompts, answers)
+        return self.posterior(*policy_ids(self._tokenizer, conversations, responses))
 
     def posterior_of_pairs(self, pairs: Sequence[TokenizedPair]) -> tuple[RewardPosterior, RewardPosterior]:
         """Belief about both responses of B stored pairs, chosen and rejected.

@@ -9,7 +9,6 @@ is there.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from raylign.config import CostModelSection, PolicySection, RunConfig
 from raylign.errors import DataError
-from raylign.models.classifiers import add_members, load_classifier, load_members, neutral_pad_id
+from raylign.models.classifiers import add_members, load_classifier, load_members, neutral_pad_id, save_member
 from raylign.models.loading import load_tokenizer, resolve_layout
 from raylign.models.numerics import actor_device
 from raylign.models.reward_model import TextReward, score_pairs
@@ -256,7 +255,7 @@ def fit_member(pairs: tuple[pa.Table, pa.Table], task: MemberTask) -> None:
     losses_N1 = cost_losses(list(costs_2N[:, :, None]), verdicts, regularization=settings.regularization)
     known_2N = verdicts.signs.T != 0
     is_right_2N = (costs_2N > 0) == (verdicts.signs.T < 0)
-    _save(forward.model, task)
+    save_member(forward.model, task.name, task.output_dir)
     facts = {
         "member": task.member,
         "num_pairs": len(train),
@@ -288,16 +287,6 @@ def _start(task: MemberTask) -> Any:
         seeds=[task.member_seed],
         head_seeds=[task.member_seed],
     )
-
-
-def _save(peft_model: Any, task: MemberTask) -> None:
-    """Write one adapter; peft also writes a card beside it, which members that finish together would contend for."""
-    staging = task.output_dir / f".{task.name}"
-    staging.mkdir(parents=True, exist_ok=True)
-    peft_model.save_pretrained(staging, selected_adapters=[task.name])
-    shutil.rmtree(task.output_dir / task.name, ignore_errors=True)
-    (staging / task.name).rename(task.output_dir / task.name)
-    shutil.rmtree(staging)
 
 
 def load_cost_members(

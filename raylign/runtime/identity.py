@@ -28,6 +28,7 @@ FREE_KEYS = frozenset(
         "sampler.cache_mib",
         "sampler.gpu_memory_utilization",
         "sampler.enforce_eager",
+        "sampler.weight_transfer",
         "sampler.start_timeout_s",
         "sampler.timeout_s",
         "sampler.max_restarts",

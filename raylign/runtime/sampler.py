@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
@@ -37,22 +37,34 @@ from raylign.runtime.weight_sync import (
     checksums,
     pack_buckets,
 )
+from raylign.runtime.weight_transfer import TransferGroup
 from raylign.types import Rollout, SampleRequest
+
+if TYPE_CHECKING:
+    import torch
 
 _RETRY_S = 0.25  # between two calls to an actor that Ray is restarting
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _SentUpdate:
-    """The last update, kept in the object store for engines that lose it."""
+    """The last update, kept for engines that lose it: in the object store, or with a transfer here until then."""
 
     header: UpdateHeader
     buckets: list[Any]
+    weights: Mapping[str, torch.Tensor]
     sent: Mapping[str, int]
     probe: Probe
     num_bytes: int
+
+    def stored(self) -> list[Any]:
+        """References to the buckets."""
+        if not self.buckets:
+            self.buckets = [ray.put(bucket) for bucket in pack_buckets(self.weights)]
+            self.weights = {}
+        return self.buckets
 
 
 class SamplerPool:
@@ -73,6 +85,8 @@ class SamplerPool:
         self._config = config.sampler
         self._last: _SentUpdate | None = None
         self._num_restarts = 0
+        self._transfer: TransferGroup | None = None
+        self._transfer_restarts = 0  # engines replaced before that group was connected
         self._usage = SamplerUsage()
 
     @classmethod
@@ -147,28 +161,31 @@ class SamplerPool:
     def sync(self, update: WeightUpdate) -> SyncReport:
         """Give all engines new weights and prove that they have them.
 
-        The bytes stay in the object store until the next update, for engines that are replaced in between.
+        The bytes stay in the object store until the next update, for engines that are replaced in between. With
+        sampler.weight_transfer=nccl the given tensors are kept instead and must not change until then.
 
         Raises:
             StaleWeightsError: an engine does not hold what was sent; no engine of this pool may sample any more.
-            SamplerError: vLLM cannot load the weights, or more engines were lost than `sampler.max_restarts`.
+            SamplerError: vLLM cannot load the weights, more engines were lost than `sampler.max_restarts`, or one was
+                lost in the middle of a transfer.
+            MissingDependencyError: sampler.weight_transfer=nccl without vLLM here.
         """
         self._check_running()
         start = time.monotonic()
-        header = UpdateHeader(version=update.version, adapter=update.adapter, probe_ids=update.probe.token_ids)
-        buckets, num_bytes = [], 0
-        for bucket in pack_buckets(update.weights):
-            num_bytes += sum(part.num_bytes for part in bucket.parts)
-            buckets.append(ray.put(bucket))
         last = _SentUpdate(
-            header=header, buckets=buckets, sent=checksums(update.weights), probe=update.probe, num_bytes=num_bytes
+            header=UpdateHeader(version=update.version, adapter=update.adapter, probe_ids=update.probe.token_ids),
+            buckets=[],
+            weights=update.weights,
+            sent=checksums(update.weights),
+            probe=update.probe,
+            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.weights.values()),
         )
-        self._last = last
-        reports: dict[int, EngineReport] = self._call(
-            lambda engine: self._submit_update(engine, last),
-            dict.fromkeys(range(len(self._engines)), 0),
-            restores=False,
-        )
+        if self._transfers and update.adapter is None:
+            reports = self._broadcast(last)
+        else:
+            last.stored()
+            self._last = last
+            reports = self._call(lambda engine: self._submit_update(engine, last), self._all(), restores=False)
         self._usage = side_by_side(report.usage for report in reports.values())
         try:
             differences = [self._check(engine, last, report) for engine, report in sorted(reports.items())]
@@ -178,7 +195,7 @@ class SamplerPool:
         return SyncReport(
             version=update.version,
             seconds=time.monotonic() - start,
-            num_bytes=num_bytes * len(self._engines),
+            num_bytes=last.num_bytes * len(self._engines),
             probe_mean_difference=max(difference.mean for difference in differences),
             probe_max_difference=max(difference.largest for difference in differences),
             probe_kl=max(difference.kl for difference in differences),
@@ -194,8 +211,50 @@ class SamplerPool:
         if not self._engines:
             raise SamplerError("this sampler pool was stopped; start another with SamplerPool.start")
 
+    def _all(self) -> dict[int, int]:
+        """Engines to call that hold no prompts."""
+        return dict.fromkeys(range(len(self._engines)), 0)
+
+    @property
+    def _transfers(self) -> bool:
+        """Whether full weights come by vLLM's own weight transfer."""
+        return self._config.weight_transfer != "object_store"
+
+    def _connect(self) -> TransferGroup:
+        group = TransferGroup(
+            self._engines, num_processes=max(1, self._config.gpus_per_engine), timeout_s=self._config.timeout_s
+        )
+        group.connect()
+        return group
+
+    def _broadcast(self, update: _SentUpdate) -> dict[int, EngineReport]:
+        """Weights by vLLM's weight transfer. Engines lost before it are replaced, one lost during it ends the run.
+
+        Raises:
+            SamplerError: an engine was lost, or cannot take the weights.
+        """
+        self._last = None  # half an update in some engine must not sample
+        self._call(lambda engine: self._engines[engine].check_ready.remote(), self._all(), restores=False)
+        transfer, self._transfer = self._transfer, None  # after a fault its ranks wait for each other
+        try:
+            if transfer is None or self._transfer_restarts != self._num_restarts:
+                transfer = self._connect()
+            reports = transfer.send(update.header, update.weights)
+        except RayTaskError as error:
+            raise _own(error, "take new weights") from error
+        except RaylignError:
+            raise
+        except Exception as error:  # of Ray or of who carries the bytes, whichever sees it first
+            raise SamplerError(
+                f"the transfer of weights version {update.header.version} broke ({_one_line(error)}), mostly because a "
+                "sampling engine died in the middle of it; continue from the last checkpoint with run.resume=true"
+            ) from error
+        self._transfer, self._transfer_restarts = transfer, self._num_restarts
+        self._last = update
+        return reports
+
     def _submit_update(self, engine: int, update: _SentUpdate) -> Any:
-        return self._engines[engine].apply_update.remote(update.header, update.buckets)
+        return self._engines[engine].apply_update.remote(update.header, update.stored())
 
     def _check(self, engine: int, update: _SentUpdate, report: EngineReport) -> Any:
         name = f"sampling engine {engine} on node {self._facts[engine].node}"
@@ -327,6 +386,7 @@ def engine_settings(model_path: str, config: RunConfig) -> EngineSettings:
         cache_mib=sampler.cache_mib,
         gpu_memory_utilization=sampler.gpu_memory_utilization,
         enforce_eager=sampler.enforce_eager,
+        transfer_backend=None if sampler.weight_transfer == "object_store" else sampler.weight_transfer,
     )
 
 
@@ -364,11 +424,11 @@ def _await_start(engines: Sequence[Any], timeout_s: float) -> list[EngineFacts]:
         raise _own(error) from error
 
 
-def _own(error: RayTaskError) -> RaylignError:
+def _own(error: RayTaskError, what: str = "start") -> RaylignError:
     """The engine's error as raylign's own."""
     if isinstance(error.cause, RaylignError):
         return error.cause
-    return SamplerError(f"a sampling engine cannot start: {_one_line(error.cause)}")
+    return SamplerError(f"a sampling engine cannot {what}: {_one_line(error.cause)}")
 
 
 def _kill(engines: Sequence[Any]) -> None:

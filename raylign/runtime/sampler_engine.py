@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class SamplerEngine:
         self._lora: Any = None
         self._num_adapters = 0
         self._dtype = ""
+        self._header: UpdateHeader | None = None  # of the transfer under way
 
     def start(self) -> EngineFacts:
         """Load the model; not in the constructor, whose errors Ray would turn into text.
@@ -169,27 +171,96 @@ class SamplerEngine:
             HalfUpdatedError: an earlier update did not finish.
             SamplerError: vLLM cannot load the tensors.
         """
-        counter = self._started()
-        if self._version == _HALF_UPDATED:
-            raise HalfUpdatedError(
-                f"process {os.getpid()} cannot take weights version {header.version}: it holds a part of an earlier "
-                "update that did not finish"
-            )
+        self.check_ready()
         if header.adapter is not None and self._settings.lora_rank is None:
             raise SamplerError(
                 "the update holds an adapter but the engine was started without; set policy.adapter=lora"
             )
-        counter.take()
-        self._version = _HALF_UPDATED
-        try:
+        self._begin()
+        with _load_errors(header):
             if header.adapter is None:
                 received, not_loaded = self._load_weights(buckets)
             else:
                 received, not_loaded = self._load_adapter(header, buckets), ()
+        return self._finish(header, received, not_loaded)
+
+    def check_ready(self) -> None:
+        """Whether the engine can take an update.
+
+        Raises:
+            EngineNotStartedError: the process is new.
+            HalfUpdatedError: an earlier update did not finish.
+        """
+        self._started()
+        if self._version == _HALF_UPDATED:
+            raise HalfUpdatedError(
+                f"process {os.getpid()} cannot take other weights: it holds a part of an update that did not finish"
+            )
+
+    def join_transfer(self, init_info: Mapping[str, Any]) -> None:
+        """Connect to the trainer; returns once all engines have.
+
+        Args:
+            init_info: of vLLM's weight transfer, with the rank of this engine's first process.
+
+        Raises:
+            EngineNotStartedError: the process is new.
+            SamplerError: vLLM cannot connect.
+        """
+        self._started()
+        try:
+            self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
         except Exception as error:
-            if isinstance(error, RaylignError):
-                raise
-            raise SamplerError(f"vLLM cannot load weights version {header.version}: {_reason(error)}") from error
+            raise SamplerError(f"the engine on {_node()} cannot join the trainer: {_reason(error)}") from error
+
+    def begin_transfer(self, header: UpdateHeader) -> None:
+        """Prepare for full weights that come by vLLM's weight transfer; `receive_transfer`, `finish_transfer` follow.
+
+        Args:
+            header: of the update.
+
+        Raises:
+            EngineNotStartedError: the process is new.
+            HalfUpdatedError: an earlier update did not finish.
+            SamplerError: vLLM cannot take weights.
+        """
+        self.check_ready()
+        self._begin()
+        self._header = header
+        with _load_errors(header):
+            self._llm.collective_rpc("raylign_watch")
+            self._llm.start_weight_update()
+
+    def receive_transfer(self, update_info: Any) -> None:
+        """Take part in the broadcast and load what comes.
+
+        Args:
+            update_info: of vLLM's weight transfer.
+
+        Raises:
+            SamplerError: vLLM cannot load the tensors.
+        """
+        assert self._header is not None
+        with _load_errors(self._header):
+            self._llm.update_weights({"update_info": update_info})
+
+    def finish_transfer(self) -> EngineReport:
+        """Put the weights to work and tell what arrived; raises what `apply_update` does."""
+        assert self._header is not None
+        with _load_errors(self._header):
+            self._llm.finish_weight_update()
+            found = self._llm.collective_rpc("raylign_watched")
+        not_loaded = tuple(sorted({name for _, names in found for name in names}))
+        return self._finish(self._header, tuple(received for received, _ in found), not_loaded)
+
+    def _begin(self) -> None:
+        self._started().take()
+        self._version = _HALF_UPDATED
+
+    def _finish(
+        self, header: UpdateHeader, received: tuple[Mapping[str, int], ...], not_loaded: tuple[str, ...]
+    ) -> EngineReport:
+        """Forget what belongs to the old weights, and probe the new ones."""
         if not self._llm.reset_prefix_cache():  # keys and values of the old weights
             raise SamplerError(f"vLLM kept its prefix cache at weights version {header.version}: requests are running")
         probe_logps = self._probe(header.probe_ids)
@@ -200,7 +271,7 @@ class SamplerEngine:
             checksums=received,
             not_loaded=not_loaded,
             probe_logps=probe_logps,
-            usage=counter.take(),
+            usage=self._started().take(),
         )
 
     def _load_weights(self, buckets: Sequence[Any]) -> tuple[tuple[Mapping[str, int], ...], tuple[str, ...]]:
@@ -248,6 +319,17 @@ class SamplerEngine:
             [{"prompt_token_ids": _ints(token_ids)}], sampling, lora_request=self._lora, use_tqdm=False
         )
         return _token_logps(output.prompt_logprobs, token_ids)[1:]
+
+
+@contextmanager
+def _load_errors(header: UpdateHeader) -> Iterator[None]:
+    """VLLM's errors as one of ours."""
+    try:
+        yield
+    except RaylignError:
+        raise
+    except Exception as error:
+        raise SamplerError(f"vLLM cannot load weights version {header.version}: {_reason(error)}") from error
 
 
 def _import_vllm(num_gpus: int) -> Any:

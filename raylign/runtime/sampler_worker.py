@@ -8,9 +8,10 @@ into the memory that compiled code and CUDA graphs know.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from raylign.runtime.weight_sync import Bucket, unpack_bucket
+from raylign.runtime.weight_sync import Bucket, checksums, unpack_bucket
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,20 @@ class WeightReceiver:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        model = self._raylign_expect_all()
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+
+    def _raylign_expect_all(self) -> Any:
+        """Note all parameters as not loaded; returns the model."""
         model = self.model_runner.get_model()
         # taken now, while a tied output layer still is the embedding and counts once
         self._raylign_missing = {name for name, _ in model.named_parameters()}
-        with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(model)
+        return model
+
+    def _raylign_loaded(self, names: Iterable[str] | None) -> None:
+        # a model that does not say what it loaded is not blamed; the probe still judges it
+        self._raylign_missing = set() if names is None else self._raylign_missing - set(names)
 
     def raylign_receive(self, bucket: Bucket) -> dict[str, int]:
         """Load one bucket; returns the CRC-32 of every tensor as received."""
@@ -41,9 +51,7 @@ class WeightReceiver:
 
         tensors, found = unpack_bucket(bucket)
         with set_current_vllm_config(self.vllm_config):
-            loaded = self.model_runner.get_model().load_weights(tensors.items())
-        # a model that does not say what it loaded is not blamed; the probe still judges it
-        self._raylign_missing = set() if loaded is None else self._raylign_missing - set(loaded)
+            self._raylign_loaded(self.model_runner.get_model().load_weights(tensors.items()))
         return found
 
     def raylign_finish(self) -> tuple[str, ...]:
@@ -56,6 +64,31 @@ class WeightReceiver:
             finalize_layerwise_reload(model, self.model_config)  # type: ignore[no-untyped-call]
             _pack_output_layers(model)
         return tuple(sorted(self._raylign_missing))
+
+    def raylign_watch(self) -> None:
+        """Note what vLLM's own weight transfer loads from now on, until `raylign_watched`."""
+        model = self._raylign_expect_all()
+        self._raylign_received: dict[str, int] = {}
+        load = model.load_weights
+
+        def watched(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+            held = list(weights)
+            self._raylign_received |= checksums(dict(held))
+            names = load(held)
+            self._raylign_loaded(names)
+            return names
+
+        model.load_weights = watched
+
+    def raylign_watched(self) -> tuple[dict[str, int], tuple[str, ...]]:
+        """CRC-32 of every tensor as received, and the parameters that nothing was loaded into."""
+        from vllm.config import set_current_vllm_config
+
+        model = self.model_runner.get_model()
+        del model.load_weights
+        with set_current_vllm_config(self.vllm_config):
+            _pack_output_layers(model)
+        return self._raylign_received, tuple(sorted(self._raylign_missing))
 
 
 def _pack_output_layers(model: torch.nn.Module) -> None:

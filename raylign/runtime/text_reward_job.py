@@ -8,7 +8,6 @@ A directory of `fit_members` holds one plain peft adapter per member (`member0`,
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +34,11 @@ from raylign.models.classifiers import (
     load_classifier,
     load_members,
     neutral_pad_id,
+    save_member,
 )
 from raylign.models.loading import load_tokenizer, resolve_layout
 from raylign.models.numerics import actor_device
 from raylign.models.reward_model import score_pairs
-from raylign.models.token_forward import TokenHeads
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import member_weights
 from raylign.rewards.merge import average_weights, weights_hash
@@ -293,7 +292,7 @@ def fit_group(pairs: tuple[pa.Table, pa.Table], task: FitTask, members: Sequence
     seconds = time.monotonic() - started_s
     records = []
     for position, (member, name) in enumerate(zip(members, names, strict=True)):
-        _save_member(forward.model, name, task.output_dir, forward.heads[name] if fits_tokens else None)
+        save_member(forward.model, name, task.output_dir, more=forward.heads[name].save if fits_tokens else None)
         forward.activate(name)
         if objective is not None:
             rewards_2N, more = judge_tokens(forward, valid, task, objective, **rows)
@@ -380,14 +379,3 @@ def _merge(pairs: tuple[pa.Table, pa.Table], task: FitTask, start_hashes: Sequen
         pad_token_id=pad_token_id,
         batch_tokens=task.reward_model.batch_tokens,
     )
-
-
-def _save_member(peft_model: Any, name: str, directory: Path, heads: TokenHeads | None) -> None:
-    """Write one adapter; peft also writes a card beside it, which members that finish together would contend for."""
-    staging = directory / f".{name}"
-    peft_model.save_pretrained(staging, selected_adapters=[name])
-    if heads is not None:
-        heads.save(staging / name)
-    shutil.rmtree(directory / name, ignore_errors=True)
-    (staging / name).rename(directory / name)
-    shutil.rmtree(staging)
