@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from raylign.runtime.evaluate_job import (
     load_completions,
     save_completions,
 )
-from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.run_phases import Phases, actor_options
 from raylign.types import Completion
 from tuning.grid import Screened
@@ -72,9 +70,7 @@ def evaluate_seed(
             config=config,
             seed=seed,
             options=options,
-            make_reward_fn=functools.partial(
-                make_reward_scorer, shared.model, str(reward), shared.layers, base.robust, options, base.reward_model
-            ),
+            make_reward_fn=shared.reward_scorer(reward),
         )
         save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
         return {"judge": dataclasses.asdict(evaluations[BEFORE].judge)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from raylign.runtime.evaluate_job import (
     save_completions,
 )
 from raylign.runtime.phases import Run, digest, renamed, write_json
-from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.run_phases import POLICY_DIR, Phases, actor_options, check_demand, open_phases
 from raylign.runtime.sample_job import SAMPLES_PHASE, measure_samples, sample_policies, sampled_settings
 from raylign.types import Completion
@@ -79,10 +77,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
         else:
             phases.train(features, features_digest, reward)
         trained[trial] = phases.run
-    options = actor_options(base)
-    make_reward_fn = functools.partial(make_reward_scorer, model, str(reward), shared.layers, base.robust, options)
     answers = {
-        seed: _evaluate(shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, make_reward_fn)
+        seed: _evaluate(shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, reward)
         for seed in comparison.compare.seeds
     }
     samples: dict[int, Path] = {}
@@ -162,7 +158,7 @@ def _evaluate(
     comparison: Comparison,
     seed: int,
     trained: Mapping[Trial, Run],
-    make_reward_fn: Any,
+    reward: Path,
 ) -> dict[str, tuple[Completion, ...]]:
     """Judged answers of one seed, by "before" and "<method>@<step>": one pool of actors, one set of prompts."""
     models: dict[str, str | Path] = {BEFORE: shared.model}
@@ -180,7 +176,9 @@ def _evaluate(
 
     def work(directory: Path) -> dict[str, Any]:
         options = dataclasses.replace(actor_options(comparison.base), ledger=shared.ledger)
-        evaluations = evaluate_models(models, config=config, seed=seed, options=options, make_reward_fn=make_reward_fn)
+        evaluations = evaluate_models(
+            models, config=config, seed=seed, options=options, make_reward_fn=shared.reward_scorer(reward)
+        )
         save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
         return {"judge": dataclasses.asdict(next(iter(evaluations.values())).judge)}
 

@@ -96,9 +96,10 @@ def make_reward_scorer(
     model_path: str,
     reward_dir: str,
     layers: tuple[int, ...],
-    robust: RobustSection | None = None,
-    options: ActorOptions | None = None,
-    reward_model: RewardModelSection | None = None,
+    *,
+    robust: RobustSection,
+    options: ActorOptions,
+    reward_model: RewardModelSection,
 ) -> RewardScorer:
     """The run's reward of texts.
 
@@ -106,23 +107,19 @@ def make_reward_scorer(
         model_path: directory of the reference.
         reward_dir: what `FittedReward.save` wrote.
         layers: transformer layers that the heads were fitted on.
-        robust: rule over members; None is their mean.
+        robust: rule over members.
         options: the actor that scores; its number types must be those of the features.
         reward_model: which classifier, for a reward of texts.
     """
     from raylign.models.loading import load_tokenizer, resolve_layout
     from raylign.models.numerics import actor_device, load_reference
-    from raylign.runtime.evaluators import ActorOptions
 
-    options = options or ActorOptions()
     device = actor_device(options.num_gpus)
     forward = load_reference(model_path, options.policy, device, parallel=options.parallel)
     return RewardScorer(
         forward,
         load_tokenizer(model_path, trust_remote_code=options.trust_remote_code),
-        load_response_reward(
-            model_path, reward_dir, layers, device, reward_model=reward_model or RewardModelSection(), options=options
-        ),
-        rule=functools.partial(robust_rewards, robust=robust or RobustSection()),
+        load_response_reward(model_path, reward_dir, layers, device, reward_model=reward_model, options=options),
+        rule=functools.partial(robust_rewards, robust=robust),
         layout=resolve_layout("auto", forward.causal_lm.config),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from raylign.config import TEXT_REWARDS, RunConfig, needs_cost
 from raylign.cost.ledger import Ledger
+from raylign.evaluation.scoring import RewardScorer
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, tokenizer_fingerprint
 from raylign.runtime.constrain_job import constrain_pairs, constraint_key
@@ -87,6 +88,19 @@ class Phases:
         trust = self.config.policy.trust_remote_code
         return resolve_layers(
             self.config.features.layers, load_config(self.model, trust_remote_code=trust).num_hidden_layers
+        )
+
+    def reward_scorer(self, reward: Path) -> Callable[[], RewardScorer]:
+        """Loads the fitted reward in an actor that answers; `reward` is the directory of the reward phase."""
+        config = self.config
+        return functools.partial(
+            make_reward_scorer,
+            self.model,
+            str(reward),
+            self.layers,
+            robust=config.robust,
+            options=actor_options(config),
+            reward_model=config.reward_model,
         )
 
     def ingest(self) -> tuple[Path, dict[str, Any]]:
@@ -304,15 +318,7 @@ class Phases:
                 config=config.evaluate,
                 seed=config.run.seed,
                 options=options,
-                make_reward_fn=functools.partial(
-                    make_reward_scorer,
-                    self.model,
-                    str(reward),
-                    self.layers,
-                    config.robust,
-                    options,
-                    config.reward_model,
-                ),
+                make_reward_fn=self.reward_scorer(reward),
             )
             save_completions(directory / COMPLETIONS_FILE, {name: e.completions for name, e in evaluations.items()})
             drift = check_drift(

@@ -23,7 +23,6 @@ from raylign.models.loading import model_fingerprint
 from raylign.report.sampled_data import SampledMeasures, SampledRun, SampledSettings
 from raylign.runtime.cost_scorer import make_cost_scorer
 from raylign.runtime.evaluate_job import FREE_KEYS, evaluation_inputs, sample_models
-from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.run_phases import CostPhase, Phases, actor_options
 
 SAMPLES_FILE = "samples.parquet"
@@ -65,16 +64,8 @@ def sample_policies(
 
     def work(directory: Path) -> dict[str, Any]:
         options = actor_options(config)
-        scorers = {
-            "make_reward_fn": functools.partial(
-                make_reward_scorer,
-                phases.model,
-                str(reward),
-                phases.layers,
-                config.robust,
-                options,
-                config.reward_model,
-            ),
+        scorers: dict[str, Any] = {
+            "make_reward_fn": phases.reward_scorer(reward),
             "make_cost_fn": functools.partial(
                 make_cost_scorer,
                 phases.model,

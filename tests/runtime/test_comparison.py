@@ -31,6 +31,7 @@ from raylign.runtime.compare import (
     shared_phases,
 )
 from raylign.runtime.phases import Run
+from raylign.runtime.run_phases import Phases
 from raylign.types import Completion
 
 STEP = 4
@@ -316,6 +317,20 @@ def test_pairs_are_priced_once_and_only_constrained_methods_get_the_costs(tmp_pa
         ("rectified", "train", "ranked"),
         ("repo", "train_online", "priced"),
     ]
+
+
+def test_answers_are_rewarded_by_what_the_configuration_names(tmp_path, monkeypatch):
+    """Among them the classifier of reward.kind=external, in every way to an evaluation."""
+    keys = {
+        "reward.kind": "external",
+        "reward_model.model": "a/judge",
+        "features.cpus_per_actor": 2,
+    }
+    config = load_config(None, [f"{name}={value}" for name, value in keys.items()])
+    monkeypatch.setattr(Phases, "layers", (1,))
+    scorer = Phases(config=config, run=None, model="policy").reward_scorer(tmp_path).keywords
+    assert (scorer["reward_model"], scorer["robust"]) == (config.reward_model, config.robust)
+    assert scorer["options"].num_cpus == 2
 
 
 def test_without_a_constraint_nothing_is_priced(comparison, monkeypatch):

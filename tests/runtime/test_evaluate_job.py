@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from raylign.assets import asset_path
-from raylign.config import EvaluateSection, FeaturesSection
+from raylign.config import EvaluateSection, FeaturesSection, RewardModelSection, RobustSection
 from raylign.errors import ConfigError, DataError, ModelError
 from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.prompts import load_prompts, select_prompts
@@ -300,7 +300,14 @@ def test_rewards_have_the_number_types_of_the_features(policies, tmp_path, adapt
     head = HybridReward(1, 16)
     facts = {"centers": (0.0,), "full_center": 0.0, "temperature": 1.0, "fold_seed": 0, "metrics": {}}
     FittedReward(heads=(head,), full=head, **facts).save(tmp_path)
-    scorer = reward_scorer.make_reward_scorer(str(policies["before"]), str(tmp_path), (1,), options=options)
+    scorer = reward_scorer.make_reward_scorer(
+        str(policies["before"]),
+        str(tmp_path),
+        (1,),
+        robust=RobustSection(),
+        options=options,
+        reward_model=RewardModelSection(),
+    )
     features = FeatureExtractor(str(policies["before"]), FeaturesSection(), options.policy)
     for forward in (scorer._forward, features.forward):
         assert forward.autocast_dtype == torch.bfloat16
