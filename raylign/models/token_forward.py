@@ -80,6 +80,9 @@ class TokenOutputs:
         return len(self.before)
 
 
+_PRIOR_START = 0.1
+
+
 class TokenHeads(nn.Module):
     """The float32 heads of one member: mu and, with q, rho of sigma; and a Q head where the form has one.
 
@@ -88,8 +91,8 @@ class TokenHeads(nn.Module):
         vocab_size: V.
         form: what the member says.
         seed: of the weights, N(0, std); the global generator is left as it was.
-        std: of the weights.
-        rho_scale: factor of those of rho, so that at first sigma is near log 2 for all tokens.
+        std: of the weights. With q, mu and rho start at a tenth of it: near the prior for all tokens, mu at 0 and sigma
+            at log 2. Larger by chance, they would make the first steps those of the KL and the TD term alone.
     """
 
     def __init__(
@@ -100,7 +103,6 @@ class TokenHeads(nn.Module):
         *,
         seed: int = 0,
         std: float = 0.02,
-        rho_scale: float = 1.0,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -113,7 +115,8 @@ class TokenHeads(nn.Module):
                 if head is not None:
                     head.weight.normal_(0, std, generator=generator)
             self.reward.bias.zero_()
-            self.reward.weight[1:] *= rho_scale
+            if form.q_from is not None:
+                self.reward.weight *= _PRIOR_START
 
     def save(self, directory: Path) -> None:
         """Write `HEADS_FILE`."""

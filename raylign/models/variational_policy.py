@@ -71,8 +71,7 @@ class VariationalPolicy(PolicyForward):
             raise ModelError(f"q_from={form.q_from} is no value of the policy itself; use logits or probs")
         self.form = form
         vocab_size, width = self.causal_lm.get_output_embeddings().weight.shape
-        # sigma starts alike for all tokens: a small one by chance would make the first steps those of a few tokens
-        self.token_heads = TokenHeads(width, vocab_size, form, seed=seed, rho_scale=0.1)
+        self.token_heads = TokenHeads(width, vocab_size, form, seed=seed)
 
     def forward(self, batch: PackedBatch, *, layers: tuple[int, ...] | None = None) -> TokenScores:
         """Score B pairs and their tokens.

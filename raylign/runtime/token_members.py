@@ -58,9 +58,7 @@ def start_tokens(task: FitTask, members: Sequence[int]) -> tuple[TokenRewardForw
     seeds = [member_seed(task.seed, member) for member in members]
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     heads = {
-        # a sigma that is small by chance would make the first TD terms, and so the steps of Adam, those of a few tokens
-        name: TokenHeads(width, vocab_size, form, seed=seed, std=std, rho_scale=0.1)
-        for name, seed in zip(names, seeds, strict=True)
+        name: TokenHeads(width, vocab_size, form, seed=seed, std=std) for name, seed in zip(names, seeds, strict=True)
     }
     peft_model = add_adapters(
         model,

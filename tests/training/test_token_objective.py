@@ -33,8 +33,7 @@ def members(policy_dir: Path, names: tuple[str, ...] = ("member0",), form: Token
     model = load_policy(policy_dir)
     seeds = [int(name[-1]) for name in names]
     heads = {
-        name: TokenHeads(16, model.config.vocab_size, form, seed=seed, rho_scale=0.1)
-        for name, seed in zip(names, seeds, strict=True)
+        name: TokenHeads(16, model.config.vocab_size, form, seed=seed) for name, seed in zip(names, seeds, strict=True)
     }
     adapters = add_adapters(model, names, rank=2, alpha=4, seeds=seeds, task_type="CAUSAL_LM")
     return TokenRewardForward(adapters, heads, form=form).eval()
@@ -186,13 +185,17 @@ def test_td_errors_are_divided_by_the_deviation_of_the_updates_before(policy_dir
     assert {record.td_std for record in plain.records["member0"]} == {1.0}
 
 
-def test_td_errors_do_not_drown_the_other_terms_of_the_first_update(policy_dir):
+def test_inverse_rl_does_not_drown_the_other_terms_of_the_first_update(policy_dir):
     forward, pairs = members(policy_dir), made_up_pairs()
     objective = AvaObjective(AvaSection(), has_rejected=True)
     gradient(forward, objective, pairs)
     (record,) = objective.records["member0"]
     assert record.sigma_min > 0.6  # near log 2, until rho is trained
     assert record.grad_norms["td"] < 20 * record.grad_norms["likelihood"]
+    start = forward.heads["member0"].reward.weight.detach()
+    assert start.shape == (2, 16) and start.square().mean().sqrt() < 0.003  # near the prior's mean, too
+    plain = TokenHeads(16, 30, TokenForm(q_from=None)).reward.weight
+    assert plain.square().mean().sqrt() > 0.01  # a reward that is compared alone has no prior to start at
 
 
 def test_members_trained_together_are_those_trained_alone_and_records_hold_every_term(policy_dir):
