@@ -14,7 +14,7 @@ import click
 
 from raylign import __version__
 from raylign.config import RunConfig, load_config, merge_config, to_yaml
-from raylign.errors import ConfigError, RaylignError
+from raylign.errors import ConfigError, RaylignError, TrainingError
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -182,12 +182,16 @@ def sweep(space: str, path: str | None, overrides: tuple[str, ...], resume: bool
         return
     connect(verbose)
     from tuning.report import write_sweep
-    from tuning.run import run_sweep
+    from tuning.run import failure, run_sweep
 
-    written = write_sweep(run_sweep(found), found.directory)
+    result = run_sweep(found)
+    written = write_sweep(result, found.directory)
     click.echo(written.text)
     click.echo(f"checkpoint  {written.best or 'none: no point has finished with all of its seeds'}")
     click.echo(f"report      {written.html}")
+    failed = [cause for point in result.points for cause in point.failed.values()]
+    if failed:
+        raise TrainingError(failure(failed, found))
 
 
 @main.command()

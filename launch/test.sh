@@ -4,7 +4,7 @@
 # Tests that need neither Ray nor vLLM run beside the others; what they print comes after. Where an argument chooses
 # tests (a path, -m, -k), all that it chose run one after the other.
 set -euo pipefail
-bash "$(dirname "$0")/setup.sh" --extras cpu,wandb,dev,docs,bench --vllm
+bash "$(dirname "$0")/setup.sh" --extras cpu,wandb,dev,docs,bench,sweep --vllm
 cd "$(dirname "$0")/.."
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

@@ -20,6 +20,9 @@ EXCLUDES = (
     ".ruff_cache/",
     ".pytest_cache/",
     "node_modules/",
+    ".raylign-token-*",  # of a cluster that launch/clusters/slurm.sh starts
+    ".env",
+    ".env.*",
 )
 MAX_FILES = 20_000  # more than any project has; stops a walk over a home directory
 _ENTRY_BYTES = 30 + 46  # of a zip file beside a name and its content: local header and directory entry

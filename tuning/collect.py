@@ -23,6 +23,7 @@ from raylign.runtime.evaluate_job import (
     load_completions,
     save_completions,
 )
+from raylign.runtime.phases import digest
 from raylign.runtime.run_phases import Phases, actor_options
 from raylign.types import Completion
 from tuning.grid import Screened
@@ -53,9 +54,12 @@ def evaluate_seed(
     base = sweep.base
     models: dict[str, str | Path] = {BEFORE: shared.model}
     models |= {trial.name: checkpoint_of(trial) for trial in finished if trial.seed == seed}
-    name, config = f"evaluate-seed{seed}", base.evaluate
+    fingerprints = {name: model_fingerprint(model) for name, model in models.items()}
+    config = base.evaluate
+    # a sweep that got more points is evaluated anew
+    name = f"evaluate-seed{seed}-{digest(fingerprints)[:8]}"
     key = {
-        "models": {name: model_fingerprint(model) for name, model in models.items()},
+        "models": fingerprints,
         "evaluate": config.model_dump(exclude={"num_actors", "batch_size", *DRIFT_KEYS}),
         **evaluation_inputs(config),
         "reward": reward_key,
@@ -92,6 +96,7 @@ def collect(
     trials: Sequence[Trial],
     answers: Mapping[int, Answers],
     *,
+    failed: Mapping[str, str],
     screened: tuple[Screened, ...],
     screen_s: float,
     num_concurrent: int,
@@ -100,8 +105,9 @@ def collect(
 
     Args:
         sweep: what was asked for.
-        trials: that were started, whether finished or stopped.
+        trials: that were started, whether finished, stopped or failed.
         answers: by seed.
+        failed: what trials failed of, by name.
         screened: cheap settings.
         screen_s: their wall seconds.
         num_concurrent: trials at a time.
@@ -127,6 +133,7 @@ def collect(
                 keys=group[0].keys,
                 seeds=tuple(_seed_result(trial, answers[trial.seed][trial.name]) for trial in finished),
                 stopped={trial.seed: step for trial in group if (step := stopped_at(trial.directory)) is not None},
+                failed={trial.seed: failed[trial.name] for trial in group if trial.name in failed},
                 comparison=compare_summaries(
                     before, pooled, num_samples=config.bootstrap_samples, seed=sweep.base.run.seed
                 )

@@ -13,20 +13,19 @@ from raylign.runtime.resources import Demand, ResourcePlan, Resources, can_place
 _TASKS = Demand(role="task of the rank phase", num_actors=1, num_cpus=1, num_gpus=0, keys="sweep.max_concurrent")
 
 
-def trials_at_once(configs: Sequence[RunConfig], nodes: Sequence[Resources], *, limit: int | None = None) -> int:
+def trials_at_once(configs: Sequence[RunConfig], nodes: Sequence[Resources], *, limit: int) -> int:
     """The largest number of trials whose workers the nodes can hold together.
 
     Args:
         configs: of the trials; the one that fits least often decides.
         nodes: resources of each living node.
-        limit: `sweep.max_concurrent`, None for none.
+        limit: trials there are, or `sweep.max_concurrent`.
 
     Raises:
         ResourceError: not even one fits, with the arithmetic.
     """
     plans = {repr(plan): plan for plan in map(ResourcePlan.from_config, configs)}
-    fitting = min(_fits(trial_demands(plan), nodes) for plan in plans.values())
-    return fitting if limit is None else min(fitting, limit)
+    return min(_fits(trial_demands(plan), nodes, limit) for plan in plans.values())
 
 
 def trial_demands(plan: ResourcePlan) -> tuple[Demand, ...]:
@@ -35,8 +34,8 @@ def trial_demands(plan: ResourcePlan) -> tuple[Demand, ...]:
     return groups if sum(group.total("CPU") for group in groups) >= 1 else (*groups, _TASKS)
 
 
-def _fits(demands: Sequence[Demand], nodes: Sequence[Resources]) -> int:
-    """Copies of the groups that can be placed at once.
+def _fits(demands: Sequence[Demand], nodes: Sequence[Resources], limit: int) -> int:
+    """Copies of the groups that can be placed at once, at most `limit`.
 
     Raises:
         ResourceError: none.
@@ -44,7 +43,7 @@ def _fits(demands: Sequence[Demand], nodes: Sequence[Resources]) -> int:
     totals = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     asked = {name: sum(demand.total(name) for demand in demands) for name in totals}
     bound = min(int(totals[name] / amount + 1e-9) for name, amount in asked.items() if amount > 0)
-    for copies in range(bound, 0, -1):
+    for copies in range(min(bound, limit), 0, -1):
         if can_place([dataclasses.replace(d, num_actors=copies * d.num_actors) for d in demands], nodes):
             return copies
     shares = " + ".join(f"{d.num_actors} {d.role}(s) of {d.num_cpus:g} CPU and {d.num_gpus:g} GPU" for d in demands)

@@ -81,6 +81,8 @@ def points_table(result: SweepResult) -> Table:
     ]
     if result.best is not None:
         notes.append(f"Exported: {result.best}, seed {result.best_seed}: {result.best_reason}.")
+    if result.failures:
+        notes.append("Failed: " + "; ".join(result.failures))
     if len(result.points) < result.num_points:
         notes.append(
             f"{result.num_points - len(result.points)} of {result.num_points} points were left out on cached states."
@@ -100,20 +102,24 @@ def _point_row(index: int, point: PointResult, num_seeds: int) -> tuple[Cell, ..
     name = Cell(text=", ".join(f"{key}={_value(value)}" for key, value in point.keys.items()))
     key = f"points.{index}"
     if point.comparison is None:
-        return (name, *(Cell(text="-") for _ in _METRICS), Cell(text=_stopped(point), key=f"{key}.stopped"))
+        kept = "failed" if point.failed else "stopped"
+        return (name, *(Cell(text="-") for _ in _METRICS), Cell(text=_missing(point), key=f"{key}.{kept}"))
     after = point.comparison.after
     cells = tuple(
         Cell(text=format_interval(getattr(after, metric), unit), key=f"{key}.comparison.after.{metric}")  # type: ignore[arg-type]
         for metric, unit in _METRICS
     )
     if point.front_share is None:
-        return (name, *cells, Cell(text=f"{len(point.seeds)} of {num_seeds} seeds; {_stopped(point)}"))
+        return (name, *cells, Cell(text=f"{len(point.seeds)} of {num_seeds} seeds; {_missing(point)}"))
     place = "on it" if point.is_on_front else "dominated"
     return (name, *cells, Cell(text=f"{place} ({point.front_share:.0%})", key=f"{key}.front_share"))
 
 
-def _stopped(point: PointResult) -> str:
-    return "stopped at update " + ", ".join(f"{step} (seed {seed})" for seed, step in sorted(point.stopped.items()))
+def _missing(point: PointResult) -> str:
+    """Why seeds are missing."""
+    stopped = ", ".join(f"{step} (seed {seed})" for seed, step in sorted(point.stopped.items()))
+    failed = ", ".join(f"seed {seed} failed" for seed in sorted(point.failed))
+    return "; ".join([f"stopped at update {stopped}"] * bool(stopped) + [failed] * bool(failed))
 
 
 def _value(value: Any) -> str:

@@ -43,6 +43,7 @@ class PointResult:
         keys: swept keys.
         seeds: finished trainings.
         stopped: seed -> update at which the scheduler stopped it.
+        failed: seed -> what its training failed of.
         comparison: with the policy before training, prompts of all finished seeds pooled; None when no seed finished.
         is_on_front: no other point has both more reward and less cost; False when a seed is missing.
         front_share: how often it is on the front when the prompts are drawn again, None when a seed is missing.
@@ -55,6 +56,7 @@ class PointResult:
     keys: PointKeys
     seeds: tuple[SeedResult, ...]
     stopped: Mapping[int, int]
+    failed: Mapping[int, str]
     comparison: SafetyComparison | None
     is_on_front: bool
     front_share: float | None
@@ -71,7 +73,7 @@ class SweepResult:
         space: name of the space.
         axes: swept keys, in order.
         seeds: of every point.
-        points: that were trained, in order.
+        points: that were trained, or failed, in order.
         before: the policy before training, prompts of all seeds pooled.
         shared_cost: of the phases that all points share, evaluation included.
         screened: cheap settings, judged on cached states; () when no axis is cheap.
@@ -99,6 +101,11 @@ class SweepResult:
     best_seed: int | None
     best_reason: str
     target: float
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What trainings failed of, each cause once."""
+        return tuple(dict.fromkeys(cause for point in self.points for cause in point.failed.values()))
 
 
 def sweep_json(result: SweepResult) -> dict[str, Any]:

@@ -8,18 +8,19 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from raylign.config import RunConfig, check_devices, needs_cost
-from raylign.errors import MissingDependencyError, OutputExistsError, TrainingError
+from raylign.config import RunConfig, check_devices, idle_keys, needs_cost
+from raylign.errors import CacheMismatchError, MissingDependencyError, OutputExistsError, TrainingError
 from raylign.models.loading import resolve_model
 from raylign.runtime.check import check_packages
 from raylign.runtime.features_job import read_features
+from raylign.runtime.identity import FREE_KEYS, method_identity
 from raylign.runtime.pair_states import read_states
 from raylign.runtime.phases import digest, renamed
 from raylign.runtime.progress import phase_line
@@ -32,6 +33,7 @@ from tuning.search_space import Axis, PointKeys
 from tuning.sweep_config import Sweep, SweepSection, Trial, cheap_part, check_differ
 from tuning.trial import (
     IS_DONE,
+    IS_REPLAYED,
     REWARD_SECTIONS,
     TRIAL_FILE,
     SharedPhases,
@@ -55,7 +57,7 @@ def run_sweep(sweep: Sweep) -> SweepResult:
     Everything is written below `<run.storage>/<run.name>`: `shared/` with the phases that all trials read, `rewards/`
     with every distinct reward, and one run directory per trial below `trials/`. A killed sweep goes on with
     run.resume=true: what is finished is kept, what was stopped stays stopped, what was at work continues from its
-    newest checkpoint.
+    newest checkpoint. Trials that fail are in the result as failed; when all do, that is an error.
 
     Raises:
         RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
@@ -64,17 +66,20 @@ def run_sweep(sweep: Sweep) -> SweepResult:
     if directory.exists() and any(directory.iterdir()) and not base.run.resume:
         raise OutputExistsError(f"{directory} is in use; continue it with --resume or choose another run.name")
     trials = sweep.trials or tuple(sweep.trial(keys, sweep.sweep.seeds[0]) for keys in sweep.checked_points)
-    for config in (base, *(trial.config for trial in trials)):
-        check_devices(config)
-        check_packages(config)
-        check_demand(config)
     if sweep.sweep.search == "optuna":
         _check_optuna()
+    configs = [trial.config for trial in trials]
+    for config in (base, *configs):
+        check_devices(config)
+        check_packages(config)
+    num_trials = sweep.sweep.num_samples if sweep.sweep.search == "optuna" else len(trials)
     num_concurrent = trials_at_once(
-        [trial.config for trial in trials],
+        configs,
         [node["Resources"] for node in ray.nodes() if node["Alive"]],
-        limit=sweep.sweep.max_concurrent,
+        limit=min(num_trials, sweep.sweep.max_concurrent or num_trials),
     )
+    for config in (base, *configs):
+        check_demand(config)  # last: it writes below run.storage to see whether all nodes see it
     model = resolve_model(base.policy.model)
     shared = open_phases(renamed(base, storage=directory, name=SHARED), model)
     ingest, ingest_facts = shared.ingest()
@@ -95,14 +100,19 @@ def run_sweep(sweep: Sweep) -> SweepResult:
         features_digest=features_digest,
         rewards=rewards,
         cost=shared.cost(features, features_digest) if has_costs else None,
+        num_concurrent=num_concurrent,
     )
-    started = _train(sweep, planned, for_trials, num_concurrent)
+    for trial in planned or known_trials(sweep):
+        check_same(trial)
+    started, failed = _train(sweep, planned, for_trials, num_concurrent)
     finished = [trial for trial in started if is_trained(trial.directory)]
     yardstick, yardstick_key = rewards[reward_group(base)]
     answers = {
         seed: evaluate_seed(shared, sweep, seed, finished, yardstick, yardstick_key) for seed in sweep.sweep.seeds
     }
-    return collect(sweep, started, answers, screened=rows, screen_s=screen_s, num_concurrent=num_concurrent)
+    return collect(
+        sweep, started, answers, failed=failed, screened=rows, screen_s=screen_s, num_concurrent=num_concurrent
+    )
 
 
 def _screen(shared: Phases, sweep: Sweep, features: Path, features_digest: str) -> tuple[tuple[Screened, ...], float]:
@@ -151,11 +161,16 @@ def _reward(sweep: Sweep, config: RunConfig, features: Path, features_digest: st
     return reward, digest([features_digest, facts])
 
 
-def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_concurrent: int) -> list[Trial]:
-    """Let Tune run the trials; returns all, finished and stopped.
+def _train(
+    sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_concurrent: int
+) -> tuple[list[Trial], dict[str, str]]:
+    """Let Tune run the trials.
+
+    Returns:
+        All of them, and what some failed of by name.
 
     Raises:
-        TrainingError: trials failed, or the sweep was interrupted.
+        TrainingError: all failed, or the sweep was interrupted.
     """
     shutil.rmtree(sweep.directory / TUNE, ignore_errors=True)  # Tune's own notes; ours are in the trials
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -191,21 +206,41 @@ def _train(sweep: Sweep, planned: Sequence[Trial], shared: SharedPhases, num_con
     )
     results = tuner.fit()
     trials = known_trials(sweep) if search is not None else list(planned)
-    failed = [result.error for result in results if result.error is not None]
-    if failed:
-        told = "; ".join(dict.fromkeys(_cause(error) for error in failed))
-        raise TrainingError(
-            f"{len(failed)} of {len(trials)} trials failed ({told}); tracebacks are in {sweep.directory / TUNE}/*/"
-            "error.txt, the other trials are kept; continue with --resume"
-        )
-    unfinished = [t.name for t in trials if not is_trained(t.directory) and stopped_at(t.directory) is None]
+    # a trial's directory has its name, see trial_dirname_creator
+    failed = {Path(result.path).name: _cause(result.error) for result in results if result.error is not None}
+    if failed and not any(is_trained(trial.directory) for trial in trials):
+        raise TrainingError(failure(failed.values(), sweep))
+    unfinished = [
+        trial.name
+        for trial in trials
+        if not is_trained(trial.directory) and stopped_at(trial.directory) is None and trial.name not in failed
+    ]
     if unfinished:
         raise TrainingError(f"the sweep was interrupted with {len(unfinished)} trials to go; continue with --resume")
     check_differ(
-        [(t.keys, stored_config(t.directory)) for t in trials if t.seed == settings.seeds[0]],
+        [
+            (trial.keys, stored_config(trial.directory))
+            for trial in trials
+            if trial.seed == settings.seeds[0] and trial.name not in failed
+        ],
         where=str(sweep.directory),
     )
-    return trials
+    return trials, failed
+
+
+def failure(causes: Iterable[str], sweep: Sweep) -> str:
+    """What to tell of trials that failed.
+
+    Args:
+        causes: of each.
+        sweep: that they are of.
+    """
+    causes = list(causes)
+    told = "; ".join(dict.fromkeys(causes))
+    return (
+        f"{len(causes)} trial(s) failed ({told}); tracebacks are in {sweep.directory / TUNE}/*/error.txt; try them "
+        "again with --resume"
+    )
 
 
 class TrialLog(tune.Callback):  # type: ignore[misc]
@@ -227,6 +262,38 @@ class TrialLog(tune.Callback):  # type: ignore[misc]
         phase_line("trial", f"{own.name} " + ("done" if stopped is None else f"stopped at update {stopped}"))
 
 
+def check_same(trial: Trial) -> None:
+    """Refuse to count a training of an earlier session that the sweep as it is now would not make.
+
+    Raises:
+        CacheMismatchError: with the keys that differ.
+    """
+    if not is_trained(trial.directory) and stopped_at(trial.directory) is None:
+        return
+    was, now = (_decides(config) for config in (stored_config(trial.directory), trial.config))
+    names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if names:
+        shown = "; ".join(f"{name}: was {was.get(name)!r}, now {now.get(name)!r}" for name in names[:4])
+        raise CacheMismatchError(
+            f"{trial.directory} was trained by another configuration ({shown}); resume with the old values or sweep "
+            "under a new run.name"
+        )
+
+
+def _decides(config: RunConfig) -> dict[str, Any]:
+    """What a training depends on, by dotted key: more than `method_identity`, which leaves the data to fingerprints."""
+    sections = ("data", "features", *REWARD_SECTIONS, "confidence", "robust", "constraint", "cost_model")
+    idle = idle_keys(config)
+    keys = {
+        f"{section}.{name}": value
+        for section in sections
+        for name, value in getattr(config, section).model_dump(mode="json").items()
+        if f"{section}.{name}" not in idle
+    }
+    free = {"features.num_actors", "features.cpus_per_actor", "features.gpus_per_actor", "features.batch_tokens"}
+    return {name: value for name, value in (keys | method_identity(config)).items() if name not in FREE_KEYS | free}
+
+
 def known_trials(sweep: Sweep) -> list[Trial]:
     """Trials that were started, oldest first."""
     files = sorted((sweep.directory / "trials").glob(f"*/{TRIAL_FILE}"), key=lambda file: file.stat().st_ctime)
@@ -234,10 +301,22 @@ def known_trials(sweep: Sweep) -> list[Trial]:
     return [sweep.trial(content["keys"], content["seed"]) for content in contents]
 
 
+class ResumedAsha(tune.schedulers.AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA that learns from records of an earlier session without deciding on them anew.
+
+    They come in another order than the first time, so that a trial that it let pass could lag behind now.
+    """
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called by Tune for every record."""
+        decision: str = super().on_trial_result(controller, trial, result)
+        return self.CONTINUE if result.get(IS_REPLAYED) else decision
+
+
 def _scheduler(settings: SweepSection) -> Any:
     if settings.scheduler == "none":
         return None
-    return tune.schedulers.AsyncHyperBandScheduler(
+    return ResumedAsha(
         time_attr="step",
         max_t=_NO_LIMIT,
         grace_period=settings.grace_steps,
@@ -266,7 +345,8 @@ def _optuna(sweep: Sweep) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     earlier = [{f"keys/{key}": value for key, value in trial.keys.items()} for trial in known_trials(sweep)]
-    return OptunaSearch(seed=sweep.base.run.seed, points_to_evaluate=earlier or None)
+    # points that are shown draw nothing: with the old seed the next ones would be the first ones again
+    return OptunaSearch(seed=sweep.base.run.seed + len(earlier), points_to_evaluate=earlier or None)
 
 
 def _cause(error: BaseException) -> str:

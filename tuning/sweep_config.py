@@ -223,7 +223,10 @@ def load_sweep(
     settings = _settings(merged.pop(_SECTION, {}))
     for axis in found.axes:
         _check_axis(found, axis.key, merged)
-    place = load_config(values={"run": merged.get("run", {})})
+    # trials are opened by processes that Ray Tune gives directories of their own
+    run = merged.setdefault("run", {})
+    run["storage"] = str(Path(load_config(values={"run": run}).run.storage).expanduser().absolute())
+    place = load_config(values={"run": run})
     points: tuple[PointKeys, ...] = ()
     if settings.search == "grid":
         points = tuple(grid_points(found.axes))
@@ -233,6 +236,7 @@ def load_sweep(
     trials = [draft.trial(keys, settings.seeds[0]) for keys in draft.checked_points]
     check_differ([(trial.keys, trial.config) for trial in trials], where=f"space {found.name}")
     _check_read(merged, trials)
+    _check_metric(draft, trials)
     for name in ("keep", "replicates"):
         if name in settings.model_fields_set and not draft.cheap_settings:
             raise ConfigError(
@@ -330,6 +334,18 @@ def _check_read(merged: Mapping[str, Any], trials: Sequence[Trial]) -> None:
         for name in content:
             if all(f"{section}.{name}" in idle_keys(trial.config) for trial in trials):
                 raise ConfigError(f"{section}.{name} is set but no point of the sweep reads it; remove it")
+
+
+def _check_metric(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Refuse metrics of pairs where nothing is trained on pairs."""
+    metric = sweep.compared_metric
+    by_gradient = [trial.point for trial in trials if trial.config.train.method == "policy_gradient"]
+    if metric is not None and metric.startswith("rewards/") and by_gradient:
+        raise ConfigError(
+            f"sweep.metric={metric} is one of pairs, which train.method=policy_gradient has none of (point "
+            f"{by_gradient[0]}): use one that it records at the end of a round, such as critic/score/mean or "
+            "constraint/mean_cost"
+        )
 
 
 def point_name(keys: PointKeys) -> str:

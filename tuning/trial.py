@@ -33,6 +33,7 @@ from tuning.sweep_config import Sweep, Trial
 TRIAL_FILE = "trial.json"
 STOPPED_FILE = "stopped.json"
 IS_DONE = "is_done"
+IS_REPLAYED = "is_replayed"
 REWARD_SECTIONS = ("reward", "brme", "reward_model", "token_reward", "ava")
 
 _CALLBACKS = "RAY_TRAIN_CALLBACKS"  # Ray Train makes these on its own, whoever builds the trainer
@@ -53,6 +54,7 @@ class SharedPhases:
         features_digest: of what they are made of.
         rewards: by `reward_group`: directory of the fitted reward, and its key.
         cost: what prices responses, None when no point needs it.
+        num_concurrent: trials at a time, which share the CPUs that no actor reserves.
     """
 
     model: str
@@ -62,6 +64,7 @@ class SharedPhases:
     features_digest: str
     rewards: Mapping[str, tuple[Path, str]]
     cost: CostPhase | None
+    num_concurrent: int
 
 
 def reward_group(config: RunConfig) -> str:
@@ -77,6 +80,8 @@ def run_phases(trial: Trial, shared: SharedPhases) -> dict[str, Any]:
     """
     config = trial.config
     phases = open_phases(config, shared.model)
+    ranking = {kind: amount / shared.num_concurrent for kind, amount in phases.run.devices["rank"].items()}
+    phases.run.devices = {**phases.run.devices, "rank": ranking}
     write_json(trial.directory / TRIAL_FILE, {"point": trial.point, "keys": dict(trial.keys), "seed": trial.seed})
     cost = shared.cost if needs_cost(config) else None
     reward, reward_key = shared.rewards.get(reward_group(config), (None, ""))
@@ -174,26 +179,43 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def next_record(records: list[dict[str, Any]], *, after: float, until: float) -> dict[str, Any] | None:
-    """The first record of a later update; a resumed training repeats some, which are not shown again."""
-    return next((record for record in records if after < record["step"] <= until), None)
+def next_record(
+    records: list[dict[str, Any]], *, after: float, until: float, metric: str | None = None
+) -> dict[str, Any] | None:
+    """The first record of a later update; a resumed training repeats some, which are not shown again.
+
+    Args:
+        records: of the training, in order.
+        after: update of the last one that was shown.
+        until: last update to show.
+        metric: that a record must have; online some are only in the last record of a round.
+    """
+    shown = (record for record in records if after < record["step"] <= until)
+    return next((record for record in shown if metric is None or metric in record), None)
 
 
-def check_metric(record: Mapping[str, Any], metric: str | None) -> None:
+def check_metric(records: list[dict[str, Any]], metric: str | None, *, has_rounds: bool) -> None:
     """Refuse to compare trials by a metric that their training does not record.
 
+    Args:
+        records: so far.
+        metric: that is compared.
+        has_rounds: whether later records may hold more than the first ones.
+
     Raises:
-        ConfigError: with the metrics that it does.
+        ConfigError: with the metrics that it records.
     """
-    if metric is not None and metric not in record:
-        raise ConfigError(f"sweep.metric={metric} is not recorded by this training; it records {', '.join(record)}")
+    if metric is None or not records or has_rounds or any(metric in record for record in records):
+        return
+    known = dict.fromkeys(name for record in records for name in record)
+    raise ConfigError(f"sweep.metric={metric} is not recorded by this training; it records {', '.join(known)}")
 
 
 class TuneTrial(tune.Trainable):  # type: ignore[misc]
     """What Ray Tune sees of a trial: its training records, one per iteration.
 
-    A trial that is finished, or was stopped, in an earlier session tells its records again, so that a scheduler that
-    starts anew decides from what it had decided from.
+    Records of an earlier session are told again, so that a scheduler that starts anew decides from what it had decided
+    from; they are marked, because it did let these trials pass.
     """
 
     def setup(self, config: dict[str, Any], sweep: Sweep, shared: SharedPhases) -> None:
@@ -207,10 +229,16 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         self._last: dict[str, Any] = {"step": 0}
         stopped = stopped_at(self._trial.directory)
         self._until = float("inf") if stopped is None else stopped
+        earlier = read_records(self._file)
+        self._replayed = earlier[-1]["step"] if earlier else 0
         self._work: Any = None
         if stopped is None and not is_trained(self._trial.directory):
             self._runner = self._runner or self._start_runner()
             self._work = self._runner.run.remote(self._trial, self._shared)
+
+    @property
+    def _file(self) -> Path:
+        return self._trial.directory / "train" / METRICS_FILE
 
     @staticmethod
     def _start_runner() -> Any:
@@ -227,16 +255,17 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """The next record, when there is one, or the last one when training is over."""
-        file = self._trial.directory / "train" / METRICS_FILE
+        metric, is_online = self._sweep.compared_metric, self._trial.config.train.method != "offline"
         while True:
             is_over = self._work is None or bool(ray.wait([self._work], timeout=0)[0])
             if is_over and self._work is not None:
                 ray.get(self._work)
-            record = next_record(read_records(file), after=self._last["step"], until=self._until)
+            records = read_records(self._file)
+            record = next_record(records, after=self._last["step"], until=self._until, metric=metric)
             if record is not None:
-                check_metric(record, self._sweep.compared_metric)
                 self._last = record
-                return {**record, IS_DONE: False}
+                return {**record, IS_DONE: False, IS_REPLAYED: record["step"] <= self._replayed}
+            check_metric(records, metric, has_rounds=is_online and not is_over)
             if is_over:
                 self._work = None
                 return {**self._last, IS_DONE: True, "done": True}

@@ -30,6 +30,7 @@ from raylign.runtime.round_facts import forward_work, round_facts, sample_reques
 from raylign.runtime.sampler import SamplerPool
 from raylign.runtime.train_worker import WorkerTask, final_error, load_policy_forward, start_worker, update_costs
 from raylign.runtime.weight_sync import Probe, WeightUpdate
+from raylign.runtime.weight_transfer import check_transfer
 from raylign.types import Rollout, ScoredRollout, TokenizedPair
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _train(task: OnlineTask) -> None:
     from raylign.training.state import check_checkpoint, load_training
 
     config = task.config
+    if config.sampler.weight_transfer == "nccl":
+        check_transfer()
     world = start_worker(config)
     prompts = read_prompts(task.pairs)
     schedule = round_schedule(task, len(prompts))

@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylign.config import RunConfig
 from raylign.errors import RaylignError, ResourceError, SamplerError, StaleWeightsError
@@ -25,46 +23,24 @@ from raylign.runtime.sampler_engine import (
     SamplerEngine,
 )
 from raylign.runtime.sampler_plan import EngineFault, check_lengths, check_restart, split_requests
-from raylign.runtime.sampler_settings import EngineSettings, engine_environment
+from raylign.runtime.sampler_settings import actor_options, engine_settings
 from raylign.runtime.sampler_usage import EngineAnswer, SamplerUsage, side_by_side
 from raylign.runtime.weight_sync import (
     EngineReport,
-    Probe,
+    SentUpdate,
     SyncReport,
-    UpdateHeader,
     WeightUpdate,
     check_report,
-    checksums,
-    pack_buckets,
 )
 from raylign.runtime.weight_transfer import TransferGroup
 from raylign.types import Rollout, SampleRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _RETRY_S = 0.25  # between two calls to an actor that Ray is restarting
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class _SentUpdate:
-    """The last update, kept for engines that lose it: in the object store, or with a transfer here until then."""
-
-    header: UpdateHeader
-    buckets: list[Any]
-    weights: Mapping[str, torch.Tensor]
-    sent: Mapping[str, int]
-    probe: Probe
-    num_bytes: int
-
-    def stored(self) -> list[Any]:
-        """References to the buckets."""
-        if not self.buckets:
-            self.buckets = [ray.put(bucket) for bucket in pack_buckets(self.weights)]
-            self.weights = {}
-        return self.buckets
 
 
 class SamplerPool:
@@ -83,11 +59,15 @@ class SamplerPool:
         self._engines = list(engines)
         self._facts = list(facts)
         self._config = config.sampler
-        self._last: _SentUpdate | None = None
+        self._last: SentUpdate | None = None
         self._num_restarts = 0
         self._transfer: TransferGroup | None = None
         self._transfer_restarts = 0  # engines replaced before that group was connected
         self._usage = SamplerUsage()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the connection of a transfer, which belongs to this process; another one connects anew."""
+        return {**self.__dict__, "_transfer": None}
 
     @classmethod
     def start(cls, model_path: str, *, config: RunConfig) -> SamplerPool:
@@ -110,7 +90,7 @@ class SamplerPool:
     @classmethod
     def _start(cls, actor_class: Any, arguments: tuple[Any, ...], config: RunConfig) -> SamplerPool:
         sampler = config.sampler
-        engines = [actor_class.options(**_actor_options(config)).remote(*arguments) for _ in range(sampler.num_engines)]
+        engines = [actor_class.options(**actor_options(config)).remote(*arguments) for _ in range(sampler.num_engines)]
         try:
             facts = _await_start(engines, sampler.start_timeout_s)
         except BaseException:
@@ -172,14 +152,7 @@ class SamplerPool:
         """
         self._check_running()
         start = time.monotonic()
-        last = _SentUpdate(
-            header=UpdateHeader(version=update.version, adapter=update.adapter, probe_ids=update.probe.token_ids),
-            buckets=[],
-            weights=update.weights,
-            sent=checksums(update.weights),
-            probe=update.probe,
-            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.weights.values()),
-        )
+        last = SentUpdate.of(update)
         if self._transfers and update.adapter is None:
             reports = self._broadcast(last)
         else:
@@ -203,9 +176,11 @@ class SamplerPool:
 
     def stop(self) -> None:
         """Kill the engines; a second call does nothing."""
+        if self._transfer is not None:
+            self._transfer.close()
         if ray.is_initialized():
             _kill(self._engines)
-        self._engines = []
+        self._engines, self._transfer, self._last = [], None, None
 
     def _check_running(self) -> None:
         if not self._engines:
@@ -227,7 +202,7 @@ class SamplerPool:
         group.connect()
         return group
 
-    def _broadcast(self, update: _SentUpdate) -> dict[int, EngineReport]:
+    def _broadcast(self, update: SentUpdate) -> dict[int, EngineReport]:
         """Weights by vLLM's weight transfer. Engines lost before it are replaced, one lost during it ends the run.
 
         Raises:
@@ -238,6 +213,8 @@ class SamplerPool:
         transfer, self._transfer = self._transfer, None  # after a fault its ranks wait for each other
         try:
             if transfer is None or self._transfer_restarts != self._num_restarts:
+                if transfer is not None:
+                    transfer.close()
                 transfer = self._connect()
             reports = transfer.send(update.header, update.weights)
         except RayTaskError as error:
@@ -253,10 +230,10 @@ class SamplerPool:
         self._last = update
         return reports
 
-    def _submit_update(self, engine: int, update: _SentUpdate) -> Any:
+    def _submit_update(self, engine: int, update: SentUpdate) -> Any:
         return self._engines[engine].apply_update.remote(update.header, update.stored())
 
-    def _check(self, engine: int, update: _SentUpdate, report: EngineReport) -> Any:
+    def _check(self, engine: int, update: SentUpdate, report: EngineReport) -> Any:
         name = f"sampling engine {engine} on node {self._facts[engine].node}"
         return check_report(report, engine=name, version=update.header.version, sent=update.sent, probe=update.probe)
 
@@ -367,40 +344,6 @@ class SamplerPool:
             except RayTaskError as error:
                 raise _own(error) from error
             time.sleep(_RETRY_S)
-
-
-def engine_settings(model_path: str, config: RunConfig) -> EngineSettings:
-    """What the engines of a run are started with."""
-    sampler, policy, data = config.sampler, config.policy, config.data
-    longest = max(data.max_length, data.prompt_limit + sampler.max_new_tokens)
-    return EngineSettings(
-        model_path=model_path,
-        dtype=policy.dtype,
-        lora_rank=policy.lora_rank if policy.adapter == "lora" else None,
-        trust_remote_code=policy.trust_remote_code,
-        max_length=longest + 1,  # a probe of data.max_length tokens needs one more
-        max_new_tokens=sampler.max_new_tokens,
-        temperature=sampler.temperature,
-        top_p=sampler.top_p,
-        num_gpus=sampler.gpus_per_engine,
-        cache_mib=sampler.cache_mib,
-        gpu_memory_utilization=sampler.gpu_memory_utilization,
-        enforce_eager=sampler.enforce_eager,
-        transfer_backend=None if sampler.weight_transfer == "object_store" else sampler.weight_transfer,
-    )
-
-
-def _actor_options(config: RunConfig) -> dict[str, Any]:
-    sampler = config.sampler
-    return {
-        "num_cpus": sampler.cpus_per_engine,
-        "num_gpus": sampler.gpus_per_engine,
-        "max_restarts": sampler.max_restarts,
-        "max_task_retries": 0,
-        # Trainer, trial or script may run in a placement group that holds no room for engines.
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=None),
-        "runtime_env": {"env_vars": engine_environment(sampler.cpus_per_engine)},
-    }
 
 
 def _await_start(engines: Sequence[Any], timeout_s: float) -> list[EngineFacts]:

@@ -1,4 +1,7 @@
-"""One vLLM engine behind three calls: start, generate, apply_update. A plain class; `SamplerPool` makes it an actor.
+"""One vLLM engine: started, asked for responses, given weights. A plain class; `SamplerPool` makes it an actor.
+
+Weights come in one call as buckets (`apply_update`), or, with vLLM's own weight transfer, by `join_transfer` once and
+`begin_transfer`, `receive_transfer` and `finish_transfer` for every update.
 
 vLLM runs inside the actor's process (and, with several GPUs, in one more process per GPU), on the CPU build as on the
 CUDA build. Tokens go in and come out; vLLM sees neither text nor the checkpoint's own sampling settings.
@@ -209,6 +212,7 @@ class SamplerEngine:
         """
         self._started()
         try:
+            self._llm.collective_rpc("raylign_leave")
             self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
         except Exception as error:
             raise SamplerError(f"the engine on {_node()} cannot join the trainer: {_reason(error)}") from error

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raylign.errors import SamplerError
+
+if TYPE_CHECKING:
+    from raylign.config import RunConfig
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has
 
@@ -59,6 +62,43 @@ def engine_environment(cpus: float) -> dict[str, str]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def engine_settings(model_path: str, config: RunConfig) -> EngineSettings:
+    """What the engines of a run are started with."""
+    sampler, policy, data = config.sampler, config.policy, config.data
+    longest = max(data.max_length, data.prompt_limit + sampler.max_new_tokens)
+    return EngineSettings(
+        model_path=model_path,
+        dtype=policy.dtype,
+        lora_rank=policy.lora_rank if policy.adapter == "lora" else None,
+        trust_remote_code=policy.trust_remote_code,
+        max_length=longest + 1,  # a probe of data.max_length tokens needs one more
+        max_new_tokens=sampler.max_new_tokens,
+        temperature=sampler.temperature,
+        top_p=sampler.top_p,
+        num_gpus=sampler.gpus_per_engine,
+        cache_mib=sampler.cache_mib,
+        gpu_memory_utilization=sampler.gpu_memory_utilization,
+        enforce_eager=sampler.enforce_eager,
+        transfer_backend=None if sampler.weight_transfer == "object_store" else sampler.weight_transfer,
+    )
+
+
+def actor_options(config: RunConfig) -> dict[str, Any]:
+    """Ray's options of an engine's actor."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    sampler = config.sampler
+    return {
+        "num_cpus": sampler.cpus_per_engine,
+        "num_gpus": sampler.gpus_per_engine,
+        "max_restarts": sampler.max_restarts,
+        "max_task_retries": 0,
+        # Trainer, trial or script may run in a placement group that holds no room for engines.
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=None),
+        "runtime_env": {"env_vars": engine_environment(sampler.cpus_per_engine)},
     }
 
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class WeightReceiver:
-    """Methods for vLLM's worker; `model_runner`, `model_config` and `vllm_config` are the worker's own."""
+    """Methods for vLLM's worker; what is declared here is the worker's own."""
 
     if TYPE_CHECKING:
         model_runner: Any
         model_config: Any
         vllm_config: Any
+        weight_transfer_engine: Any
 
     def raylign_begin(self) -> None:
         """Prepare the model for new weights; until `raylign_finish` it cannot sample."""
@@ -64,6 +65,13 @@ class WeightReceiver:
             finalize_layerwise_reload(model, self.model_config)  # type: ignore[no-untyped-call]
             _pack_output_layers(model)
         return tuple(sorted(self._raylign_missing))
+
+    def raylign_leave(self) -> None:
+        """Give up the connection of vLLM's weight transfer, which would not do so for another one."""
+        engine = self.weight_transfer_engine
+        group, engine.model_update_group = engine.model_update_group, None
+        if group is not None:
+            group.destroy()
 
     def raylign_watch(self) -> None:
         """Note what vLLM's own weight transfer loads from now on, until `raylign_watched`."""

@@ -1,6 +1,6 @@
 """Weights on their way from the trainer to the engines: packed, counted, and proven to have arrived.
 
-    WeightUpdate -> buckets of bytes and a manifest -> engine -> EngineReport -> check_report -> SyncReport
+    WeightUpdate -> buckets, or a transfer of vLLM's -> engine -> EngineReport -> check_report -> SyncReport
 
 Three things are compared after every update: the version that the engine states, a CRC-32 of every tensor as received
 against the trainer's own tensor, and the log-probabilities of the probe under the loaded weights against those under
@@ -120,6 +120,48 @@ class UpdateHeader:
     version: int
     adapter: Mapping[str, Any] | None
     probe_ids: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class SentUpdate:
+    """The last update of a pool, kept for engines that lose it: in the object store, or here until one does.
+
+    Attributes:
+        header: as sent.
+        sent: CRC-32 of every tensor.
+        probe: of the update.
+        num_bytes: of all tensors.
+        weights: the tensors, {} once they are stored.
+        buckets: references to `Bucket`s, [] until then.
+    """
+
+    header: UpdateHeader
+    sent: Mapping[str, int]
+    probe: Probe
+    num_bytes: int
+    weights: Mapping[str, torch.Tensor]
+    buckets: list[Any]
+
+    @classmethod
+    def of(cls, update: WeightUpdate) -> SentUpdate:
+        """Nothing is stored yet."""
+        return cls(
+            header=UpdateHeader(version=update.version, adapter=update.adapter, probe_ids=update.probe.token_ids),
+            sent=checksums(update.weights),
+            probe=update.probe,
+            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.weights.values()),
+            weights=update.weights,
+            buckets=[],
+        )
+
+    def stored(self) -> list[Any]:
+        """References to the buckets, which are put into Ray's object store the first time."""
+        import ray
+
+        if not self.buckets:
+            self.buckets = [ray.put(bucket) for bucket in pack_buckets(self.weights)]
+            self.weights = {}
+        return self.buckets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,8 @@ from raylign.evaluation.generation import encode_prompt, generate_responses
 from raylign.evaluation.prompts import load_prompts, prompts_file, select_prompts
 from raylign.models.loading import load_policy, load_tokenizer, resolve_model
 from raylign.runtime.phases import versions
-from raylign.runtime.sampler import SamplerPool, engine_settings
+from raylign.runtime.sampler import SamplerPool
+from raylign.runtime.sampler_settings import engine_settings
 from raylign.runtime.weight_sync import Probe, SyncReport, WeightUpdate
 from raylign.types import Message, Rollout, SampleRequest
 from tests.benchmarks.dpo_sides import load_pairs

@@ -1,4 +1,4 @@
-"""What `raylign submit` sends, refuses and prints, without a cluster; `test_submit_cluster.py` has one."""
+"""What `raylign submit` sends, refuses and prints, without a cluster; `tests/runtime/test_multi_node.py` has one."""
 
 from __future__ import annotations
 

@@ -154,18 +154,46 @@ def test_a_plan_that_does_not_fit_is_refused_in_seconds(nodes: Nodes, tmp_path: 
     assert time.monotonic() - start < 30
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with this raylign in it, as a user would ship it."""
+    directory = tmp_path_factory.mktemp("project")
+    for package in ("raylign", "launch", "tuning"):
+        shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_failed_job_passes_on_its_exit_code_and_its_reason(nodes: Nodes, project: Path, tmp_path: Path) -> None:
+    arguments = ("--", "check", f"run.storage={tmp_path}", "data.path=/nowhere.jsonl")
+    done = nodes.submit("--working-dir", str(project), *arguments, timeout_s=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed with exit code 1: DataError" in done.stderr
+    assert "/nowhere.jsonl" in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_line_that_a_dry_run_prints_works_by_hand(nodes: Nodes, project: Path, tmp_path: Path) -> None:
+    arguments = ("--dry-run", "--working-dir", str(project), "--", "check", f"run.storage={tmp_path}")
+    line = nodes.submit(*arguments, timeout_s=60).stdout
+    assert line.startswith("ray job submit ")
+    done = subprocess.run(
+        ["bash", "-c", line], env=nodes.environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(540)
-def test_workers_train_on_two_nodes_while_a_third_samples(nodes: Nodes, tmp_path: Path) -> None:
+def test_workers_train_on_two_nodes_while_a_third_samples(nodes: Nodes, project: Path, tmp_path: Path) -> None:
     import yaml
 
-    project = tmp_path / "project"
-    project.mkdir()
     (project / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    for package in ("raylign", "launch", "tuning"):
-        shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     storage = tmp_path / "shared"
     arguments = ("--config", str(project / "small.yaml"), f"run.storage={storage}", "run.name=job")
     done = nodes.submit("--working-dir", str(project), "--", "align", *arguments, timeout_s=480)

@@ -10,9 +10,8 @@ import pytest
 from raylign.config import load_config
 from raylign.errors import MissingDependencyError, SamplerError
 from raylign.models.loading import resolve_model
-from raylign.runtime.sampler import engine_settings
 from raylign.runtime.sampler_engine import SamplerEngine
-from raylign.runtime.sampler_settings import EngineSettings, engine_environment, llm_arguments
+from raylign.runtime.sampler_settings import EngineSettings, engine_environment, engine_settings, llm_arguments
 
 
 def settings(**sections: dict[str, Any]) -> EngineSettings:

@@ -53,8 +53,9 @@ def point(
     is_on_front: bool,
     checkpoint: Path,
     stopped: dict[int, int] | None = None,
+    failed: dict[int, str] | None = None,
 ) -> PointResult:
-    seeds = [seed for seed in (0, 1) if seed not in (stopped or {})]
+    seeds = [seed for seed in (0, 1) if seed not in {**(stopped or {}), **(failed or {})}]
     return PointResult(
         name=f"multiplier-{multiplier:g}",
         keys={"constraint.multiplier": multiplier},
@@ -65,6 +66,7 @@ def point(
             for seed in seeds
         ),
         stopped=stopped or {},
+        failed=failed or {},
         comparison=comparison(cost, reward) if seeds else None,
         is_on_front=is_on_front,
         front_share=0.75 if len(seeds) == 2 else None,
@@ -87,7 +89,7 @@ def result(directory: Path, points: tuple[PointResult, ...], *, best: str | None
             Screened(keys={"reward.num_heads": size}, num_heads=size, valid=(one,), test=(one, one)) for size in (1, 3)
         ),
         screen_s=1.5,
-        num_points=6,
+        num_points=7,
         num_concurrent=2,
         best=best,
         best_seed=best_seed,

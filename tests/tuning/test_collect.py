@@ -62,7 +62,7 @@ def result(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> SweepResult:
         found[seed][BEFORE] = tuple(answers(1.0, 0.0, seed=seed))
     for trial in sweep.trials:
         finish(trial, clock, found)
-    return collect(sweep, sweep.trials, found, screened=(), screen_s=0.0, num_concurrent=2)
+    return collect(sweep, sweep.trials, found, failed={}, screened=(), screen_s=0.0, num_concurrent=2)
 
 
 def finish(trial: Trial, clock: Clock, found: dict[int, dict[str, tuple[Completion, ...]]]) -> None:

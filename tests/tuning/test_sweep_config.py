@@ -41,6 +41,26 @@ def test_trials_have_their_keys_their_seed_and_a_directory_of_their_own(tmp_path
     assert pickle.loads(pickle.dumps(sweep)).trials[3].config == sweep.trials[3].config
 
 
+def test_trials_stay_where_they_are_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Tune gives the process of a trial a directory of its own; run.storage is "runs" by default."""
+    own = space(tmp_path, "train.beta: {grid: [0.1, 0.3]}")
+    for name in ("started", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "started")
+    sweep = load_sweep(own)
+    monkeypatch.chdir(tmp_path / "other")
+    moved = pickle.loads(pickle.dumps(sweep))
+    assert moved.directory == tmp_path / "started" / "runs" / sweep.base.run.name
+    assert moved.trials[0].directory == moved.directory / "trials" / "beta-0.1-seed0"
+
+
+def test_metrics_of_pairs_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    own = space(tmp_path, "train.method: policy_gradient\nonline.num_samples: {grid: [2, 4]}")
+    with pytest.raises(ConfigError, match=r"sweep\.metric=rewards/accuracies is one of pairs, .*critic/score/mean"):
+        load_sweep(own, overrides=["sweep.scheduler=asha"])
+    load_sweep(own, overrides=["sweep.scheduler=asha", "sweep.metric=critic/score/mean"])
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     config = tmp_path / "base.yaml"
     config.write_text("train: {max_steps: 3, epochs: 2, batch_size: 4}\nrun: {name: x}")

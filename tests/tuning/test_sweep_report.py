@@ -26,6 +26,8 @@ def points(tmp_path: Path) -> tuple[PointResult, ...]:
         point(3.0, reward=9.0, cost=0.5, violation_rate=0.0, is_on_front=False, checkpoint=tmp_path, stopped={1: 6}),
         point(4.0, reward=0.0, cost=0.0, violation_rate=0.0, is_on_front=False, checkpoint=tmp_path,
               stopped={0: 3, 1: 3}),
+        point(5.0, reward=0.0, cost=0.0, violation_rate=0.0, is_on_front=False, checkpoint=tmp_path,
+              stopped={0: 3}, failed={1: "TrainingError: the loss is not finite"}),
     )  # fmt: skip
 
 
@@ -65,8 +67,15 @@ def test_everything_is_written(tmp_path: Path, points: tuple[PointResult, ...]) 
         .rstrip()
         .endswith("stopped at update 3 (seed 0), 3 (seed 1)")
     )
+    assert (
+        next(line for line in lines if "multiplier=5" in line)
+        .rstrip()
+        .endswith("stopped at update 3 (seed 0); seed 1 failed")
+    )
+    assert "Failed: TrainingError: the loss is not finite" in written.text
+    assert content["points"][5]["failed"] == {"1": "TrainingError: the loss is not finite"}
     assert "on it (75%)" in written.text
-    assert "1 of 6 points were left out" in written.text
+    assert "1 of 7 points were left out" in written.text
 
 
 def test_cells_name_their_place_in_the_json(tmp_path: Path, points: tuple[PointResult, ...]) -> None:
