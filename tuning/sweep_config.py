@@ -5,6 +5,7 @@ No torch, no ray.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -110,6 +111,8 @@ class Sweep:
         space: axes and fixed keys.
         values: nested values that all points share, not yet a configuration.
         points: swept keys of each point; () when the search finds them as it goes (Optuna).
+        directory: `<run.storage>/<run.name>`, absolute: trials are opened by processes that Ray Tune gives directories
+            of their own.
     """
 
     base: RunConfig
@@ -117,11 +120,7 @@ class Sweep:
     space: Space
     values: Mapping[str, Mapping[str, Any]]
     points: tuple[PointKeys, ...]
-
-    @property
-    def directory(self) -> Path:
-        """`<run.storage>/<run.name>`, absolute."""
-        return Path(self.base.run.storage).expanduser().absolute() / self.base.run.name
+    directory: Path
 
     def trial(self, keys: PointKeys, seed: int) -> Trial:
         """What a point runs with one seed.
@@ -223,16 +222,14 @@ def load_sweep(
     settings = _settings(merged.pop(_SECTION, {}))
     for axis in found.axes:
         _check_axis(found, axis.key, merged)
-    # trials are opened by processes that Ray Tune gives directories of their own
-    run = merged.setdefault("run", {})
-    run["storage"] = str(Path(load_config(values={"run": run}).run.storage).expanduser().absolute())
-    place = load_config(values={"run": run})
+    place = load_config(values={"run": merged.get("run", {})})
     points: tuple[PointKeys, ...] = ()
     if settings.search == "grid":
         points = tuple(grid_points(found.axes))
     elif settings.search == "random":
         points = tuple(random_points(found.axes, num=settings.num_samples, seed=place.run.seed))
-    draft = Sweep(base=place, sweep=settings, space=found, values=merged, points=points)
+    directory = Path(place.run.storage).expanduser().absolute() / place.run.name
+    draft = Sweep(base=place, sweep=settings, space=found, values=merged, points=points, directory=directory)
     trials = [draft.trial(keys, settings.seeds[0]) for keys in draft.checked_points]
     check_differ([(trial.keys, trial.config) for trial in trials], where=f"space {found.name}")
     _check_read(merged, trials)
@@ -244,13 +241,7 @@ def load_sweep(
                 "brme.* and label confidence, unless the reward reads texts or nobody reads it); remove it"
             )
     base = shared_config(merged, [trial.config for trial in trials])
-    return Sweep(
-        base=base,
-        sweep=settings,
-        space=found,
-        values=merged,
-        points=points,
-    )
+    return dataclasses.replace(draft, base=base)
 
 
 def _settings(section: Any) -> SweepSection:
