@@ -106,6 +106,21 @@ def _check_transfer(config: RunConfig) -> None:
         )
 
 
+def _check_log_prob(config: RunConfig) -> None:
+    """Refuse to score responses by a log-probability that is none, or to expect a sigma of it."""
+    ava = config.ava
+    if ava.q_from == "probs" or (ava.q_from == "logits" and ava.logit_scale != 1):
+        raise ConfigError(
+            f"token_reward.score=log_prob with ava.q_from={ava.q_from} and ava.logit_scale={ava.logit_scale:g} would "
+            "sum what is no log-probability of the policy, which ranks by length: use ava.q_from=logits with "
+            "ava.logit_scale=1, or another score"
+        )
+    if config.robust.rule == "brme":
+        raise ConfigError(
+            "robust.rule=brme needs a sigma, which token_reward.score=log_prob has not: use min, or another score"
+        )
+
+
 def _check_reward(config: RunConfig) -> None:
     """Refuse reward models and rules over their members that do not fit together."""
     reward, robust, confidence = config.reward, config.robust, config.confidence
@@ -123,16 +138,18 @@ def _check_reward(config: RunConfig) -> None:
             "token_reward.score=log_prob is what the policy inside ava_p and ava_d says, reward.kind=token_bt has "
             "none: use last, sum or mean"
         )
+    if reward.kind in AVA and config.token_reward.score == "log_prob":
+        _check_log_prob(config)
     if config.train.method == "policy_gradient" and config.policy_gradient.credit == "token":
         if reward.kind not in TOKEN_REWARDS:
             raise ConfigError(
                 f"policy_gradient.credit=token needs a reward for every token, reward.kind={reward.kind} rewards whole "
                 "responses: use reward.kind=ava_p, ava_d or token_bt, or policy_gradient.credit=sequence"
             )
-        if config.token_reward.credit != "own" and config.token_reward.score == "log_prob":
+        if config.token_reward.score == "log_prob":
             raise ConfigError(
-                f"token_reward.credit={config.token_reward.credit} spreads a score of rewards, "
-                "token_reward.score=log_prob is none: use last, sum or mean, or token_reward.credit=own"
+                "policy_gradient.credit=token gives tokens rewards, token_reward.score=log_prob scores responses by "
+                "log-probabilities: use last, sum or mean, or policy_gradient.credit=sequence"
             )
     if not reward.standardize and reward.bce_weight == 0 and reward.kind == "ensemble" and robust.rule != "mean":
         raise ConfigError(

@@ -33,6 +33,23 @@ def test_what_does_not_fit_an_objective_is_refused(overrides: list[str], message
         load_config(overrides=[f"train.objective={objective}", *others])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ava.q_from=probs"], r"ava\.q_from=probs and ava\.logit_scale=1 would sum what is no log-probability"),
+        (["ava.logit_scale=4"], r"ava\.logit_scale=4 would sum what is no log-probability"),
+        (["train.method=online_dpo", "reward.num_heads=3", "robust.rule=brme"], r"robust\.rule=brme needs a sigma"),
+        (["train.method=policy_gradient", "policy_gradient.credit=token"], r"policy_gradient\.credit=sequence"),
+    ],
+)
+def test_log_probabilities_as_a_score_are_refused_where_they_are_none(overrides: list[str], message: str) -> None:
+    scored = ["reward.kind=ava_p", "token_reward.score=log_prob"]
+    assert load_config(overrides=scored).token_reward.score == "log_prob"
+    assert load_config(overrides=[*scored, "ava.q_from=q_head", "ava.logit_scale=4"]).ava.logit_scale == 4
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[*scored, *overrides])
+
+
 def test_what_fits_is_taken() -> None:
     ava = ["train.objective=ava_p", "ava.q_from=probs", "ava.logit_scale=20", "ava.negative=raw", "ava.cer=sigmoid"]
     assert load_config(overrides=ava).ava.logit_scale == 20

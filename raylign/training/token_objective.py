@@ -98,6 +98,7 @@ class AvaObjective:
     def __init__(self, settings: AvaSection, *, has_rejected: bool) -> None:
         self._settings = settings
         self._has_rejected = has_rejected
+        self._has_scale = settings.standardize_td and settings.irl_weight * settings.td_weight > 0
         self._scales: dict[str, TdScale] = {}
         self._num_updates: dict[str, int] = {}
         self.records: dict[str, list[TermRecord]] = {}
@@ -114,8 +115,11 @@ class AvaObjective:
         """Add the gradient of one member's batch and return its loss, see `train_members`."""
         read = {int(row): pairs[row] if self._has_rejected else _demonstration(pairs[row]) for row in rows}
         update = self._num_updates.get(name, 0)
-        scale = self._scales.get(name) or self._first_scale(forward, read, rows, weights_N, options)
-        td_std = scale.std if self._settings.standardize_td else 1.0
+        scale = self._scales.get(name, TdScale())
+        is_first = self._has_scale and scale.count == 0
+        if is_first:
+            scale = self._first_scale(forward, read, rows, weights_N, options)
+        td_std = scale.std if self._has_scale else 1.0
         tally = _Tally(forward, name) if _is_recorded(update, len(pairs), options) else None
         counts = AvaCounts(
             chosen_tokens=sum(len(pairs[row].chosen_ids) for row in rows),
@@ -133,7 +137,7 @@ class AvaObjective:
             shares.loss.backward()  # type: ignore[no-untyped-call]
             total += float(shares.loss.detach())
             moments_3 += self._moments(outputs)
-        self._scales[name] = _updated(scale, moments_3)
+        self._scales[name] = scale if is_first else _updated(scale, moments_3)
         self._num_updates[name] = update + 1
         if tally is not None:
             self.records.setdefault(name, []).append(tally.record(update=update + 1, td_std=td_std))
