@@ -48,7 +48,7 @@ class AvaSection(Section):
     discount: float = Field(0.95, ge=0, le=1, description="of the value of the next token in the TD error")
     logit_scale: float = Field(1.0, gt=0, description="factor of logits or probabilities before the softmax of q")
     likelihood_weight: float = Field(1.0, ge=0, description="weight of the tokens' log-likelihood")
-    irl_weight: float = Field(1.0, ge=0, description="weight of KL and TD terms together; 0 leaves inverse RL out")
+    irl_weight: float = Field(0.1, ge=0, description="weight of KL and TD terms together; 0 leaves inverse RL out")
     cer_weight: float = Field(1.0, ge=0, description="weight of the contrastive expected return (ava_p); 0 drops it")
     cer: Literal["log_sigmoid", "sigmoid"] = Field(
         "log_sigmoid", description="form of that term; sigmoid is printed, and ignores pairs that are badly ranked"

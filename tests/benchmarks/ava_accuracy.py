@@ -42,9 +42,7 @@ VARIANTS: dict[str, list[str]] = {
     "ava_p_no_negative": ["reward.kind=ava_p", "ava.negative=none"],
     "ava_p_no_irl": ["reward.kind=ava_p", "ava.irl_weight=0"],
     "ava_p_no_cer": ["reward.kind=ava_p", "ava.cer_weight=0"],
-    "ava_p_irl_0.1": ["reward.kind=ava_p", "ava.irl_weight=0.1"],
-    "ava_p_drop": ["reward.kind=ava_p", "ava.terminal=drop"],
-    "ava_p_detach_q": ["reward.kind=ava_p", "ava.detach_q=true"],
+    "ava_p_irl_1": ["reward.kind=ava_p", "ava.irl_weight=1"],
     "ava_d": ["reward.kind=ava_d"],
 }
 BASELINE = ("bt_last", "last")

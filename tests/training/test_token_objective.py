@@ -143,7 +143,7 @@ def test_the_loss_is_that_of_the_terms_over_the_whole_batch(policy_dir):
         rejected_tokens=sum(len(pair.rejected_ids) for pair in pairs),
         num_responses=len(pairs),
     )
-    expected = ava_shares(sums, counts, terminal="zero", irl_weight=1.0, td_weight=0.5, cer_weight=1.0).loss
+    expected = ava_shares(sums, counts, terminal="zero", irl_weight=0.1, td_weight=0.5, cer_weight=1.0).loss
     assert found == pytest.approx(float(expected), abs=1e-5)
 
 
