@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class TermRecord:
         terms: each term of the objective, as weighted there, nats; they are maximised.
         grad_norms: norm of each term's gradient on the member's adapter. A term with a far larger one than the others
             is what the trunk learns, and the other heads read what is left.
+        head_grad_norms: likewise on the reward head.
         sigma_mean: mean sigma over the tokens of the batch, reward units.
         sigma_min: smallest sigma.
         td_std: deviation that TD errors were divided by, nats; 1 when they are not standardised.
@@ -41,6 +42,7 @@ class TermRecord:
     update: int
     terms: Mapping[str, float]
     grad_norms: Mapping[str, float]
+    head_grad_norms: Mapping[str, float]
     sigma_mean: float
     sigma_min: float
     td_std: float
@@ -207,7 +209,7 @@ def _updated(scale: TdScale, moments_3: torch.Tensor) -> TdScale:
 
 
 class _Tally:
-    """Terms of one batch over its micro-batches, and their gradients on one member's adapter."""
+    """Terms of one batch over its micro-batches, and their gradients on one member's adapter and reward head."""
 
     def __init__(self, forward: TokenRewardForward, name: str) -> None:
         self._parameters: list[nn.Parameter] = [
@@ -215,6 +217,9 @@ class _Tally:
             for parameter_name, parameter in forward.model.named_parameters()
             if ".lora_" in parameter_name and f".{name}." in parameter_name
         ]
+        self._num_adapter = len(self._parameters)
+        heads: Any = forward.heads[name]
+        self._parameters += heads.reward.parameters()
         self._terms: dict[str, float] = {}
         self._gradients: dict[str, list[torch.Tensor]] = {}
         self._sigmas: list[torch.Tensor] = []
@@ -243,14 +248,16 @@ class _Tally:
         return TermRecord(
             update=update,
             terms=self._terms,
-            grad_norms={
-                name: float(torch.stack([gradient.norm() for gradient in gradients]).norm())
-                for name, gradients in self._gradients.items()
-            },
+            grad_norms={name: _norm(found[: self._num_adapter]) for name, found in self._gradients.items()},
+            head_grad_norms={name: _norm(found[self._num_adapter :]) for name, found in self._gradients.items()},
             sigma_mean=float(sigma_N.mean()),
             sigma_min=float(sigma_N.min()),
             td_std=td_std,
         )
+
+
+def _norm(gradients: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
 
 def record_dicts(records: Sequence[TermRecord]) -> list[dict[str, object]]:

@@ -228,4 +228,6 @@ def test_norms_of_terms_are_those_of_their_gradients(policy_dir):
     bare = AvaSection(irl_weight=0, likelihood_weight=0, negative="none")
     _, only_cer = gradient(forward, AvaObjective(bare, has_rejected=True), pairs)
     lora = torch.cat([value.flatten() for name, value in only_cer.items() if ".lora_" in name])
+    head = torch.cat([value.flatten() for name, value in only_cer.items() if "reward" in name])
     assert whole.records["member0"][0].grad_norms["cer"] == pytest.approx(float(lora.norm()), rel=1e-4)
+    assert whole.records["member0"][0].head_grad_norms["cer"] == pytest.approx(float(head.norm()), rel=1e-4)
