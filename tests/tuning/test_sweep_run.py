@@ -183,7 +183,7 @@ def test_a_failed_trial_does_not_end_the_others(
     assert [manifest and manifest["status"] for manifest in manifests] == ["done", "started"]
     assert [len(point.seeds) for point in result.points] == [1, 0]
     assert (result.best, list(result.points[1].failed)) == (result.points[0].name, [0])
-    assert "not finite" in result.points[1].failed[0]
+    assert "lower train.learning_rate" in result.points[1].failed[0]
     assert "seed 0 failed" in write_sweep(result, sweep.directory).text
     assert_all_free(before)
 
