@@ -73,10 +73,10 @@ def test_killed_and_hung_engines_are_replaced_with_the_right_weights(
         # engine 0 stops answering; its process must be gone afterwards
         hung = pool._facts[0].pid
         os.kill(hung, signal.SIGSTOP)
-        pool._config = pool._config.model_copy(update={"timeout_s": 5.0})
+        pool._config = pool._config.model_copy(update={"timeout_s": 15.0})
         start = time.monotonic()
         assert [r.response_ids.tolist() for r in pool.generate(work(4))] == [r.response_ids.tolist() for r in few]
-        assert time.monotonic() - start < 60
+        assert time.monotonic() - start < 180
         assert pool.num_restarts == 2
         assert "sampling engine 0" in caplog.text and "hung while holding 2 prompts" in caplog.text
         with pytest.raises(ProcessLookupError):

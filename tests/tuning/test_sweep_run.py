@@ -18,6 +18,7 @@ from raylign.errors import OutputExistsError
 from tuning.sweep_config import Sweep, load_sweep
 from tuning.trial import STOPPED_FILE, read_records, train_manifest
 
+pytestmark = pytest.mark.timeout(900)  # several runs each, on a machine that may be busy
 SMALL = [
     "data.max_pairs=160",
     "data.max_length=192",
@@ -207,7 +208,7 @@ def test_a_killed_driver_is_continued_where_it_was(ray_cluster: None, tmp_path: 
     )
     files = [trial.directory / "train" / "metrics.jsonl" for trial in sweep.trials]
     try:
-        wait_for(lambda: any(len(read_records(file)) >= 6 for file in files), "six updates of a trial", 200)
+        wait_for(lambda: any(len(read_records(file)) >= 6 for file in files), "six updates of a trial", 400)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
