@@ -36,6 +36,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ".git/objects/aa": "x",
         "raylign.egg-info/PKG-INFO": "x",
         "wandb/run": "x",
+        ".raylign-token-17": "x",
+        ".env": "KEY=x",
+        ".env.local": "KEY=x",
         "ignored/pairs.jsonl": "{}\n",
         "sub/dé.txt": "x",
     }.items():
