@@ -208,7 +208,9 @@ def _train(
     trials = known_trials(sweep) if search is not None else list(planned)
     # a trial's directory has its name, see trial_dirname_creator
     failed = {Path(result.path).name: _cause(result.error) for result in results if result.error is not None}
-    if failed and not any(is_trained(trial.directory) for trial in trials):
+    # one that failed before it left anything is no point to show
+    is_lost = not failed.keys() <= {trial.name for trial in trials}
+    if failed and (is_lost or not any(is_trained(trial.directory) for trial in trials)):
         raise TrainingError(failure(failed.values(), sweep))
     unfinished = [
         trial.name

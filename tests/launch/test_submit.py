@@ -181,7 +181,7 @@ def test_what_only_the_cluster_can_tell_is_said(project: Path, override: str, no
 
 
 def test_only_named_variables_travel(project: Path) -> None:
-    environment = {"HF_TOKEN": "hf_s3cret", "HOME": "/home/me", "WANDB_API_KEY": "other"}
+    environment = {"HF_TOKEN": "hf_s3cret", "HOME": "/elsewhere", "WANDB_API_KEY": "other"}
     env = parse_env(["HF_TOKEN", "MODE=fast=1"], environment)
     sent = request(collect_upload(project, []), env=env).runtime_env(environment)
     assert sent["env_vars"] == {"HF_TOKEN": "hf_s3cret", "MODE": "fast=1"}
