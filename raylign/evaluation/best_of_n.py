@@ -19,7 +19,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 def kl_bound(n: int) -> float:
-    r"""Upper bound of KL(best-of-n || reference): \(\log n - (n - 1)/n\) nats, met by scores without ties.
+    r"""Upper bound of KL(best-of-n || reference): \(\log n - (n - 1)/n\) nats, met by continuous scores.
 
     Args:
         n: responses that the best is chosen from.

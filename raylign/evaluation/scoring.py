@@ -17,7 +17,7 @@ import torch
 from raylign.data.conversations import Ids
 from raylign.data.packing import pack_pairs, pair_tokens, plan_micro_batches
 from raylign.data.tokenization import end_of_response_id
-from raylign.errors import DataError
+from raylign.errors import DataError, ModelError
 from raylign.evaluation.generation import encode_prompt
 from raylign.models.forward import PolicyForward
 from raylign.rewards.fit import predict
@@ -179,7 +179,11 @@ class StatesReward:
     ) -> RewardPosterior:
         """See `ResponseReward`."""
         assert states is not None
-        return predict(self.head, states.to(next(self.head.buffers()).device)).to("cpu")
+        belief = predict(self.head, states.to(next(self.head.buffers()).device)).to("cpu")
+        num_bad = int((~torch.isfinite(belief.head_rewards).all(-1)).sum())
+        if num_bad:
+            raise ModelError(f"{num_bad} of {len(states)} rewards are not finite; are the weights sound?")
+        return belief
 
 
 class RewardScorer:

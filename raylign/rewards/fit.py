@@ -9,13 +9,13 @@ Shape letters: N pairs, B pairs of a batch, M members, L layers, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import torch
 
-from raylign.errors import DataError
+from raylign.errors import DataError, TrainingError
 from raylign.losses.reward import anchor_loss, margin_loss
 from raylign.rewards.hybrid import HybridReward, standardize
 from raylign.rewards.posterior import RewardHead, RewardPosterior, concat_posteriors
@@ -251,6 +251,7 @@ def train_members(
             loss_M.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss_M.detach())
+        check_finite(losses, epoch)
         record = record_of(epoch, torch.stack(losses).mean(0))
         history.append(record)
         is_better_M = is_better(record, best)
@@ -260,6 +261,24 @@ def train_members(
             best_state[name][is_better_M] = parameter.detach()[is_better_M]
     head.load_state_dict(best_state, strict=False)
     return HybridFit(head=head.requires_grad_(False), best_epochs=tuple(best_epoch_M.tolist()), history=tuple(history))
+
+
+def check_finite(losses: Sequence[torch.Tensor], epoch: int) -> None:
+    """Refuse to go on with members that diverged: their best epoch would be their start, and look like a fit.
+
+    Args:
+        losses: of an epoch, each (M,).
+        epoch: its number.
+
+    Raises:
+        TrainingError: a loss that is not finite.
+    """
+    bad = torch.stack(list(losses)).isfinite().logical_not().any(0).nonzero()[:, 0].tolist()
+    if bad:
+        raise TrainingError(
+            f"the loss of {len(bad)} of {losses[0].numel()} members (from member {bad[0]}) is not finite in epoch "
+            f"{epoch} of their fit: lower its learning_rate, and look for states that are not finite"
+        )
 
 
 def start_members(

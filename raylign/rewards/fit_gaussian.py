@@ -26,6 +26,7 @@ from raylign.losses.gaussian_reward import (
     mse_reparam_kl,
     purm,
 )
+from raylign.rewards.fit import check_finite
 from raylign.rewards.gaussian import GaussianHeads, share_at_floor
 from raylign.rewards.probes import check_pairs, fit_normalizer
 
@@ -241,6 +242,7 @@ def fit_gaussian(
             loss_M.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss_M.detach())
+        check_finite(losses, epoch)
         history.append(validated(epoch, torch.stack(losses).mean(0)))
         is_better_M = history[-1].valid_loss < best_loss_M
         best_loss_M = torch.where(is_better_M, history[-1].valid_loss, best_loss_M)

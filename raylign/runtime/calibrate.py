@@ -173,7 +173,7 @@ def _fits(
 
     def path_of(directory: Path, key: FitKey) -> Path:
         names, flip, seed = key
-        return directory / f"{directory_name(names[0])}-flips{flip}-seed{seed}.npz"
+        return directory / f"{directory_name(min(names))}-flips{flip}-seed{seed}.npz"  # whatever their order
 
     def work(directory: Path) -> dict[str, Any]:
         states = read_states(read_features(features), max_pairs=calibration.base.reward.max_pairs)
@@ -197,12 +197,15 @@ def _fits(
 
 def _run_fits(data: FitData, calibration: Calibration, fits: Sequence[FitKey]) -> Iterator[tuple[FitKey, FitOutcome]]:
     """Outcomes of Ray tasks of one CPU, as they finish; what is left is cancelled when one fails."""
-    memory = _check_memory(data.fit_bytes)
+    kinds = {names: calibration.trial(names[0], seed).config.reward.kind for names, _, seed in fits}
+    memory = {names: _check_memory(data.fit_bytes(kind), kind) for names, kind in kinds.items()}
     shared = ray.put(data)
     del data  # the object store holds it now
-    run = ray.remote(measure_fit).options(num_cpus=1, memory=memory)
+    run = ray.remote(measure_fit)
     running = {
-        run.remote(shared, {name: calibration.trial(name, seed).config for name in names}, flip): (names, flip, seed)
+        run.options(num_cpus=1, memory=memory[names]).remote(
+            shared, {name: calibration.trial(name, seed).config for name in names}, flip
+        ): (names, flip, seed)
         for names, flip, seed in fits
     }
     try:
@@ -227,8 +230,8 @@ def _run_fits(data: FitData, calibration: Calibration, fits: Sequence[FitKey]) -
             ray.cancel(reference)
 
 
-def _check_memory(fit_bytes: int) -> int:
-    """Memory that each fit reserves, so that no more run at once than fit.
+def _check_memory(fit_bytes: int, kind: str) -> int:
+    """Memory that a fit of a kind reserves, so that no more run at once than fit.
 
     Raises:
         ResourceError: no node has that much.
@@ -236,7 +239,7 @@ def _check_memory(fit_bytes: int) -> int:
     largest = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
     if fit_bytes > largest:
         raise ResourceError(
-            f"one fit needs about {fit_bytes / 2**30:.1f} GiB for the states of its pairs, the largest node has "
+            f"one fit of reward.kind={kind} needs about {fit_bytes / 2**30:.1f} GiB, the largest node has "
             f"{largest / 2**30:.1f} GiB: lower reward.max_pairs or features.layers"
         )
     return fit_bytes

@@ -15,7 +15,7 @@ from raylign.errors import ConfigError, DataError
 from raylign.evaluation.layers import layer_curve
 from raylign.evaluation.metrics import bootstrap_mean, brier, expected_calibration_error
 from raylign.rewards.confidence import count_flips, fit_temperature, pair_confidence
-from raylign.rewards.cross_fit import cross_fit, grouped_folds
+from raylign.rewards.cross_fit import checked_folds, cross_fit
 from raylign.rewards.fit import FitOptions, fit_hybrid, member_weights, predict
 from raylign.rewards.fit_gaussian import fit_gaussian, standardize_targets
 from raylign.rewards.gaussian import GaussianHeads, share_at_floor
@@ -207,7 +207,7 @@ def head_fitter(
 
     def gaussian(rows: torch.Tensor, weights: torch.Tensor) -> RewardHead:
         """BRME: rewards of a first stage, which did not see the pair where there are folds, are the targets."""
-        fold = grouped_folds([groups[row] for row in rows.tolist()], settings.folds, seed + 1)
+        fold = checked_folds([groups[row] for row in rows.tolist()], settings.folds, seed + 1)
         left_out = torch.nn.functional.one_hot(fold, settings.folds).float()
         # all folds in one pass: a member of the first stage is a fold's head, blind to that fold
         first = probes(rows, num_heads=settings.folds, weights=1 - left_out if settings.folds > 1 else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 import warnings
@@ -60,10 +61,18 @@ class FitData:
             candidates=candidates,
         )
 
-    @property
-    def fit_bytes(self) -> int:
-        """Memory of one fit at its peak, about: the reversed pairs and the rows that the fit takes of them."""
-        return 2 * sum(side.nbytes for side in self.train)
+    def fit_bytes(self, kind: str) -> int:
+        """Memory of one fit of a reward kind at its peak, about.
+
+        The reversed pairs and the rows that the fit takes of them; of laplace also four matrices of all its weights,
+        and the deviations of the test answers and candidates.
+        """
+        states = 2 * sum(side.nbytes for side in self.train)
+        if kind != "laplace":
+            return states
+        num_weights = math.prod(self.train[0].shape[1:])
+        num_answers = 2 * len(self.test[0]) + len(self.candidates.states)
+        return states + 8 * 4 * num_weights**2 + 4 * num_answers * num_weights
 
 
 def measure_fit(data: FitData, configs: Mapping[str, RunConfig], flip: float) -> FitOutcome:

@@ -91,14 +91,17 @@ class Phases:
         )
 
     def reward_scorer(self, reward: Path) -> Callable[[], RewardScorer]:
-        """Loads the fitted reward in an actor that answers; `reward` is the directory of the reward phase."""
+        """Loads the fitted reward in an actor that answers; `reward` is the directory of the reward phase.
+
+        An evaluation has no rounds: its minimum is one of each response, so that rewards do not depend on batches.
+        """
         config = self.config
         return functools.partial(
             make_reward_scorer,
             self.model,
             str(reward),
             self.layers,
-            robust=config.robust,
+            robust=config.robust.model_copy(update={"set_type": "heads_pointwise"}),
             options=actor_options(config),
             reward_model=config.reward_model,
         )

@@ -4,7 +4,7 @@
 
 States are made up, of the size of the embedded data (1,319 pairs, 6 layers of width 192); what a fit costs depends on
 their shapes alone. Both sides run in one process, in turn, `--repeats` times; the table shows medians and ratios.
-Every grid point of the pass equals its own fit up to rounding, which is checked first.
+That members of one pass equal members of a smaller fit, up to rounding, is checked first on three of one seed.
 """
 
 from __future__ import annotations

@@ -28,6 +28,15 @@ def test_kl_bound(n, expected):
     assert best_of_n.kl_bound(n) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("num_scores", "expected"), [(8, 0.624646), (64, 0.636111), (100_000, 0.636294)])
+def test_kl_of_discrete_scores_stays_below_the_bound_and_tends_to_it(num_scores, expected):
+    """The best of 4 among uniform responses with distinct scores: P(the i-th) = (i/N)^4 - ((i - 1)/N)^4."""
+    share = np.diff((np.arange(num_scores + 1) / num_scores) ** 4)
+    exact = float((share * np.log(share * num_scores)).sum())
+    assert exact == pytest.approx(expected, abs=1e-6)
+    assert exact <= best_of_n.kl_bound(4)
+
+
 @pytest.mark.parametrize(("num_samples", "n"), [(1, 1), (7, 1), (7, 3), (7, 7), (20_000, 12_500)])
 def test_order_statistic_weights_sum_to_one_and_are_binomial(num_samples, n):
     weights = best_of_n.order_statistic_weights(num_samples, n)

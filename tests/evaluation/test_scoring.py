@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raylign.assets import asset_path
-from raylign.errors import DataError
+from raylign.errors import DataError, ModelError
 from raylign.evaluation.generation import encode_prompt
 from raylign.evaluation.scoring import RewardScorer, StatesReward, score_responses
 from raylign.models.forward import PolicyForward
@@ -87,3 +87,18 @@ def test_reward_reads_the_state_at_the_end_token_and_obeys_its_rule(model):
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         _, states = plain(model, encode_prompt(tokenizer, prompt), ids)
         assert reward == pytest.approx(min(states[1, 3].item() * sign for sign in (1, 3)), abs=1e-4)
+
+
+def test_rewards_that_are_not_finite_are_refused():
+    class Broken(RewardHead):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, states):
+            return ensemble_posterior(states[:, 0, :2])
+
+    states = torch.ones(3, 1, 4)
+    states[1, 0, 1] = torch.nan
+    with pytest.raises(ModelError, match=r"1 of 3 rewards are not finite"):
+        StatesReward(Broken(), (2,))([], [], states)

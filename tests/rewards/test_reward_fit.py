@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from raylign.errors import DataError, ShapeError
+from raylign.errors import DataError, ShapeError, TrainingError
 from raylign.losses.reward import anchor_loss, margin_loss
 from raylign.rewards.fit import fit_hybrid, member_weights, predict
 from raylign.rewards.probes import fit_normalizer, ridge_probes
@@ -278,3 +278,9 @@ def test_standardised_members_share_mean_and_spread_on_the_validation_pairs():
     means, standard_means = (predict(fit.head, calibration).head_rewards.mean(0) for fit in (raw, standard))
     assert means.std() > 1e-3
     assert standard_means.std() < 1e-6
+
+
+def test_a_diverging_fit_is_no_fit():
+    """Comparisons with nan are false: its best epoch would be the start, and nobody would know."""
+    with pytest.raises(TrainingError, match=r"loss of 1 of 1 members \(from member 0\) is not finite in epoch \d+"):
+        fitted(*simulate(40, 2, 6), learning_rate=1e30)

@@ -207,8 +207,10 @@ def test_drift_grows_with_the_variance_of_the_reward():
 WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-def gold_by_rule(q_common: float, q_own: float, num: int = 8000) -> dict[str | float, torch.Tensor]:
-    """Gold reward (num,) of tilted policies over 8 prompts x 8 answers, by rule and by w_nominal."""
+def policies_by_rule(
+    q_common: float, q_own: float, num: int = 8000
+) -> tuple[torch.Tensor, dict[str | float, torch.Tensor]]:
+    """Gold reward (num, 8, 8) of 8 prompts x 8 answers, and tilted policies likewise by rule and by w_nominal."""
     cells, heads = num * 64, 5
     gold = normal(cells, seed=7)
     sigma = torch.where(uniform(cells, heads, seed=8) < q_own, 2.0, 0.3).double()
@@ -219,8 +221,7 @@ def gold_by_rule(q_common: float, q_own: float, num: int = 8000) -> dict[str | f
     rewards: dict[str | float, torch.Tensor] = {"oracle": gold, "single": mu[:, 0], "mean": mean(mu)}
     rewards |= {w: brme(mu, sigma, w_nominal=w) for w in WEIGHTS}
     rewards["shuffled"] = brme(mu, shuffled, w_nominal=1.0)
-    table = gold.view(num, 8, 8)
-    return {name: (tilted(r.view(num, 8, 8), 0.3) * table).sum(-1).mean(-1) for name, r in rewards.items()}
+    return gold.view(num, 8, 8), {name: tilted(r.view(num, 8, 8), 0.3) for name, r in rewards.items()}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,8 @@ def gold_by_rule(q_common: float, q_own: float, num: int = 8000) -> dict[str | f
     ids=["shared_errors", "own_errors", "both"],
 )
 def test_best_weight_is_none_all_or_between_by_the_kind_of_error(q_common, q_own, best, expected):
-    gold = gold_by_rule(q_common, q_own)
+    table, policies = policies_by_rule(q_common, q_own)
+    gold = {name: (p * table).sum(-1).mean(-1) for name, p in policies.items()}
     names = ("oracle", "single", "mean", *WEIGHTS, "shuffled")
     assert [gold[name].mean().item() for name in names] == pytest.approx(expected, abs=0.02)
     assert max(WEIGHTS, key=lambda w: gold[w].mean()) == best
@@ -243,3 +245,10 @@ def test_best_weight_is_none_all_or_between_by_the_kind_of_error(q_common, q_own
     # Only a sigma that knows which head errs makes the nominal head better than any head.
     assert gold["shuffled"].mean().item() == pytest.approx(gold["single"].mean().item(), abs=0.02)
     assert (gold[1.0].mean() > gold["single"].mean() + 0.1).item() == (q_own > 0)
+
+
+def test_the_mixture_ends_nearest_to_the_best_policy_where_errors_are_of_both_kinds():
+    _, policies = policies_by_rule(0.25, 0.25)
+    distance = {name: (p - policies["oracle"]).abs().sum(-1).mean().item() for name, p in policies.items()}
+    found = [distance[name] for name in ("single", 1.0, 0.0, 0.4)]
+    assert found == pytest.approx([1.114, 0.868, 0.896, 0.832], abs=0.02)

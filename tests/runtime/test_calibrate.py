@@ -232,6 +232,9 @@ def test_the_whole_calibration_and_its_resume(ray_cluster, tmp_path):
         calibrate(calibration)
     again = calibrate(made_up_calibration(tmp_path, **small, run={"resume": True}))
     assert calibration_json(again) == calibration_json(first)
+    small["calibrate"]["rewards"] = {name: FAST["rewards"][name] for name in ("single", "min", "mean")}
+    reordered = calibrate(made_up_calibration(tmp_path, **small, run={"resume": True}))
+    assert [reward.best_of_n for reward in reordered.rewards] == [first.rewards[i].best_of_n for i in (0, 2, 1)]
     assert "Held-out pairs" in write_calibration(calibration, first).text
 
 
@@ -262,9 +265,15 @@ def test_a_failing_fit_is_named(ray_cluster, data, calibration):
 
 @pytest.mark.ray
 def test_fits_that_no_node_can_hold_are_refused(ray_cluster):
-    with pytest.raises(ResourceError, match=r"needs about 1048576\.0 GiB .* lower reward\.max_pairs"):
-        module._check_memory(2**50)
-    assert module._check_memory(1000) == 1000
+    with pytest.raises(ResourceError, match=r"laplace needs about 1048576\.0 GiB, .* lower reward\.max_pairs"):
+        module._check_memory(2**50, "laplace")
+    assert module._check_memory(1000, "hybrid") == 1000
+
+
+def test_a_fit_of_a_full_covariance_asks_for_its_matrices(data):
+    num_weights = NUM_LAYERS * WIDTH
+    more = data.fit_bytes("laplace") - data.fit_bytes("ensemble")
+    assert more > 4 * 8 * num_weights**2
 
 
 def test_a_directory_in_use_is_refused_before_anything_starts(tmp_path):

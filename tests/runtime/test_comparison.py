@@ -326,11 +326,20 @@ def test_answers_are_rewarded_by_what_the_configuration_names(tmp_path, monkeypa
         "reward_model.model": "a/judge",
         "features.cpus_per_actor": 2,
     }
-    config = load_config(None, [f"{name}={value}" for name, value in keys.items()])
     monkeypatch.setattr(Phases, "layers", (1,))
+    config = load_config(None, [f"{name}={value}" for name, value in keys.items()])
     scorer = Phases(config=config, run=None, model="policy").reward_scorer(tmp_path).keywords
     assert (scorer["reward_model"], scorer["robust"]) == (config.reward_model, config.robust)
     assert scorer["options"].num_cpus == 2
+
+
+def test_the_worst_head_of_a_round_is_no_rule_of_an_evaluation(tmp_path, monkeypatch):
+    """An actor scores a batch at a time: one head for all of it would make rewards depend on how it was cut."""
+    keys = ["reward.kind=ensemble", "robust.rule=min", "robust.set_type=heads_global", "train.method=online_dpo"]
+    config = load_config(None, keys)
+    monkeypatch.setattr(Phases, "layers", (1,))
+    rule = Phases(config=config, run=None, model="policy").reward_scorer(tmp_path).keywords["robust"]
+    assert (rule.rule, rule.set_type) == ("min", "heads_pointwise")
 
 
 def test_without_a_constraint_nothing_is_priced(comparison, monkeypatch):
