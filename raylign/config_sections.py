@@ -272,7 +272,11 @@ class SamplerSection(Section):
     max_new_tokens: int = Field(64, ge=1, description="length limit of a response")
     cache_mib: int = Field(64, ge=1, description="key-value cache of an engine on CPUs")
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1, description="share of a GPU that an engine may fill")
-    enforce_eager: bool = Field(True, description="skip compilation, which starts in seconds instead of minutes")
+    enforce_eager: bool | None = Field(
+        None,
+        description="skip compilation, which starts in seconds instead of minutes and samples slower; unless set, on "
+        "CPUs only",
+    )
     weight_transfer: Literal["object_store", "nccl"] = Field(
         "object_store", description="way of full weights to the engines; nccl is vLLM's own broadcast from GPU to GPU"
     )

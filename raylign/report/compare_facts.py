@@ -27,7 +27,8 @@ from raylign.types import Interval
 if TYPE_CHECKING:
     from raylign.report.compare_data import ComparisonResult, MethodResult
 
-# Phases whose own time, outside the entries nested in them, is start-up, loading and waiting.
+# Phases whose own time, outside the entries nested in them, is start-up, loading and waiting. Nothing is nested in
+# those that fit the reward and rank: they are counted whole, start-up included.
 CONTAINERS = frozenset({"features", "extract", "train"})
 FOUND_READY = "found ready"
 _LEAST_S = 1e-6  # below this, what is left of a sum is rounding
@@ -250,7 +251,11 @@ def _ratios(online: MethodResult, rerank: MethodResult, baseline: MethodResult, 
     refusals = _last(online, "over_refusal"), _last(rerank, "over_refusal")
     for device_s, counted in (
         (_device_s, "all reserved device-seconds, start-up and idle time included"),
-        (_work_s, "phases that work only, without start-up, loading and waiting"),
+        (
+            _work_s,
+            "phases that work only, without start-up, loading and waiting of features and training; reward and rank "
+            "are whole",
+        ),
     ):
         sides = [
             Side(

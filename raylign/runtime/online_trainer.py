@@ -192,7 +192,12 @@ def _samplers(
         more |= {"cost_dir": str(cost), "cost_model": config.cost_model}
     scorer = (
         ray.remote(ResponseScorer)
-        .options(num_cpus=sampler.scorer_cpus, num_gpus=sampler.scorer_gpus)
+        .options(
+            num_cpus=sampler.scorer_cpus,
+            num_gpus=sampler.scorer_gpus,
+            max_restarts=sampler.max_restarts,
+            max_task_retries=sampler.max_restarts,  # it holds no state, and a round was sampled for this
+        )
         .remote(model, reward, layers, config.robust, options, config.reward_model, **more)
     )
     pool: SamplerPool | None = None

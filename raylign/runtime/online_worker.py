@@ -220,6 +220,18 @@ class RoundOpener:
             )
 
     @property
+    def _shares_prompts(self) -> bool:
+        return self._packing.layout == "shared"
+
+    @property
+    def _scorer_shares_prompts(self) -> bool:
+        """The scorer chooses its layout itself."""
+        from raylign.models.loading import load_config, resolve_layout
+
+        reference = load_config(self._task.model, trust_remote_code=self._config.policy.trust_remote_code)
+        return resolve_layout("auto", reference) == "shared"
+
+    @property
     def _reads_policy(self) -> bool:
         config = self._config
         return config.train.method == "policy_gradient" or config.online.reference == "previous_round"
@@ -287,7 +299,7 @@ class RoundOpener:
         with self._measure("score") as entry:
             scored = self._score(rollouts)
             entry.saw_peak(*ray.get(self._task.scorer.peak_memory.remote(), timeout=self._config.sampler.timeout_s))
-            work = forward_work(rollouts)
+            work = forward_work(rollouts, is_shared=self._scorer_shares_prompts)
             entry.add(num_items=len(rollouts), forward_tokens=work.tokens, flops=flops(work))
         facts = round_facts(scored, sync) | {
             "timing_s/generate": sampling_s,
@@ -329,7 +341,7 @@ class RoundOpener:
 
         with self._measure("policy_forward") as entry:
             logps, values = round_logps(state.policy, round_, packing=self._packing, world=self._world)
-            work = forward_work([item.rollout for item in round_.scored])
+            work = forward_work([item.rollout for item in round_.scored], is_shared=self._shares_prompts)
             flops = forward_flops(unwrapped(state))(work)
             entry.add(num_items=len(round_.scored), forward_tokens=work.tokens, flops=flops)
         self._agree(lambda: self._store.write_policy(round_.index, logps, values))
@@ -344,7 +356,7 @@ class RoundOpener:
         part = replace(round_, scored=tuple(item for position, item in enumerate(round_.scored) if position in first))
         with self._measure("policy_forward") as entry:
             logps, values = round_logps(state.policy, part, packing=self._packing, world=self._world)
-            work = forward_work([item.rollout for item in part.scored])
+            work = forward_work([item.rollout for item in part.scored], is_shared=self._shares_prompts)
             flops = forward_flops(unwrapped(state))(work)
             entry.add(num_items=len(part.scored), forward_tokens=work.tokens, flops=flops)
         facts = importance_facts(part.with_policy(logps, values), cap=math.inf)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raylign.config import RunConfig
 from raylign.errors import ResourceError
+from raylign.runtime.sampler_settings import engine_memory
 
 Resources = Mapping[str, float]
+KINDS = ("CPU", "GPU", "memory")  # memory in bytes, as Ray counts it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,8 @@ class Demand:
         num_cpus: CPUs of each.
         num_gpus: GPUs of each.
         keys: config keys that decide it, named in the cure.
+        memory: bytes of main memory that each reserves; 0 reserves none.
+        memory_keys: config keys that decide that.
         spare_cpus: CPUs that must stay free for tasks beside the actors: Ray Data's reads and writes ask for one, and
             actors that hold every CPU while they wait for rows wait for ever.
     """
@@ -33,14 +38,20 @@ class Demand:
     num_gpus: float
     keys: str
     spare_cpus: float = 0
+    memory: float = 0
+    memory_keys: str = ""
 
     def each(self, resource: str) -> float:
-        """CPUs ("CPU") or GPUs ("GPU") of one actor."""
-        return {"CPU": self.num_cpus, "GPU": self.num_gpus}[resource]
+        """CPUs ("CPU"), GPUs ("GPU") or bytes ("memory") of one actor."""
+        return {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory}[resource]
 
     def total(self, resource: str) -> float:
-        """CPUs ("CPU") or GPUs ("GPU") of the whole group."""
+        """CPUs ("CPU"), GPUs ("GPU") or bytes ("memory") of the whole group."""
         return self.num_actors * self.each(resource)
+
+    def cure(self, resource: str) -> str:
+        """Config keys that decide how much of a resource is asked for."""
+        return self.memory_keys if resource == "memory" else self.keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +121,8 @@ def describe_demand(plan: ResourcePlan) -> list[str]:
     width = max(len(demand.role) for demand in plan.demands)
     lines = []
     for demand in plan.demands:
-        each = _amount({name: demand.each(name) for name in ("CPU", "GPU")})
-        total = _amount({name: demand.total(name) for name in ("CPU", "GPU")})
+        each = _amount({name: demand.each(name) for name in KINDS})
+        total = _amount({name: demand.total(name) for name in KINDS})
         spare = f", and {demand.spare_cpus:g} CPU for the tasks that feed them" if demand.spare_cpus else ""
         lines.append(f"{demand.role:<{width}}  {demand.num_actors} x ({each}) = {total}{spare}")
     if plan.online:
@@ -127,15 +138,29 @@ def describe_supply(nodes: Sequence[Resources]) -> list[str]:
     Args:
         nodes: resources of each living node.
     """
-    shapes = Counter(_amount(node) for node in nodes)
-    total = _amount({name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")})
+    devices = [{name: node.get(name, 0.0) for name in ("CPU", "GPU")} for node in nodes]
+    shapes = Counter(_amount(node) for node in devices)
+    total = _amount({name: sum(node[name] for node in devices) for name in ("CPU", "GPU")})
     return [f"{num} node(s) of {shape}" for shape, num in shapes.most_common()] + [f"in total {total}"]
 
 
 def _amount(resources: Resources) -> str:
-    """CPUs and GPUs for people, "2 CPU + 1 GPU"; GPUs are left out where there are none."""
-    gpus = resources.get("GPU", 0.0)
-    return f"{resources.get('CPU', 0.0):g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    """Resources for people, "2 CPU + 1 GPU + 3.5 GiB"; GPUs and memory are left out where there are none."""
+    shown = [f"{resources.get('CPU', 0.0):g} CPU"]
+    shown += [_number(name, resources[name], unit=True) for name in ("GPU", "memory") if resources.get(name)]
+    return " + ".join(shown)
+
+
+def _number(resource: str, amount: float, *, unit: bool = False) -> str:
+    """An amount of a resource for people; that of memory always has its unit."""
+    if resource == "memory":
+        return f"{amount / 2**30:.1f} GiB"
+    return f"{amount:g} {resource}" if unit else f"{amount:g}"
+
+
+def _supply(resource: str, there: Resources) -> float:
+    """What a node or cluster has; memory that nobody stated is no limit."""
+    return there.get(resource, math.inf if resource == "memory" else 0.0)
 
 
 def check_plan(plan: ResourcePlan, cluster: Resources, nodes: Sequence[Resources] = ()) -> None:
@@ -162,26 +187,29 @@ def check_together(demands: Sequence[Demand], cluster: Resources, nodes: Sequenc
     Raises:
         ResourceError: naming every group's share of the sum, or that no way of placing them on the nodes exists.
     """
-    for resource in ("CPU", "GPU"):
-        asked, there = sum(demand.total(resource) for demand in demands), cluster.get(resource, 0.0)
+    for resource in KINDS:
+        asked, there = sum(demand.total(resource) for demand in demands), _supply(resource, cluster)
         if asked > there + 1e-9:
+            holders = [demand for demand in demands if demand.total(resource)]
             shares = " + ".join(
-                f"{demand.num_actors} {demand.role}(s) x {demand.total(resource) / demand.num_actors:g}"
-                for demand in demands
-                if demand.total(resource)
+                f"{demand.num_actors} {demand.role}(s) x {_number(resource, demand.each(resource))}"
+                for demand in holders
             )
             raise ResourceError(
-                f"{shares} = {asked:g} {resource} at the same time, the cluster has {there:g}; lower "
-                f"{'; '.join(demand.keys for demand in demands if demand.total(resource))} (fractions are allowed for "
-                "CPUs), or add nodes"
+                f"{shares} = {_number(resource, asked, unit=True)} at the same time, the cluster has "
+                f"{_number(resource, there)}; lower {'; '.join(demand.cure(resource) for demand in holders)} "
+                "(fractions are allowed for CPUs), or add nodes"
             )
     if nodes and not can_place(demands, nodes):
         asked_for = " + ".join(
-            f"{demand.num_actors} {demand.role}(s) of {_amount({name: demand.each(name) for name in ('CPU', 'GPU')})}"
+            f"{demand.num_actors} {demand.role}(s) of {_amount({name: demand.each(name) for name in KINDS})}"
             for demand in demands
         )
+        supply = "; ".join(describe_supply(nodes)[:-1])
+        if any(demand.memory for demand in demands) and all("memory" in node for node in nodes):
+            supply += f" with {', '.join(_number('memory', node['memory']) for node in nodes)}"
         raise ResourceError(
-            f"{asked_for} at the same time do not fit onto the nodes ({'; '.join(describe_supply(nodes)[:-1])}): the "
+            f"{asked_for} at the same time do not fit onto the nodes ({supply}): the "
             "sum would, but no actor is spread over two nodes; lower "
             f"{'; '.join(demand.keys for demand in demands)}, or add larger nodes"
         )
@@ -218,8 +246,7 @@ def _loads(demands: Sequence[Demand], node: Resources) -> set[tuple[int, ...]]:
     def fits(load: tuple[int, ...]) -> bool:
         pairs = list(zip(load, demands, strict=True))
         return all(
-            sum(num * demand.each(name) for num, demand in pairs) <= node.get(name, 0.0) + 1e-9
-            for name in ("CPU", "GPU")
+            sum(num * demand.each(name) for num, demand in pairs) <= _supply(name, node) + 1e-9 for name in KINDS
         )
 
     return _best(load for load in itertools.product(*ranges) if fits(load))
@@ -240,13 +267,13 @@ def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] 
     Raises:
         ResourceError: the group does not fit.
     """
-    for resource in ("CPU", "GPU"):
-        asked, there = demand.total(resource), cluster.get(resource, 0.0)
+    for resource in KINDS:
+        asked, there = demand.total(resource), _supply(resource, cluster)
         if asked > there + 1e-9:
-            each = asked / demand.num_actors
+            each, whole = (_number(resource, amount, unit=True) for amount in (demand.each(resource), asked))
             raise ResourceError(
-                f"{demand.num_actors} {demand.role}(s) x {each:g} {resource} ask for {asked:g} {resource}, the cluster "
-                f"has {there:g}; lower {demand.keys}, or add nodes"
+                f"{demand.num_actors} {demand.role}(s) x {each} ask for {whole}, the cluster has "
+                f"{_number(resource, there)}; lower {demand.cure(resource)}, or add nodes"
             )
     if demand.spare_cpus and demand.total("CPU") + demand.spare_cpus > cluster.get("CPU", 0.0) + 1e-9:
         raise ResourceError(
@@ -257,10 +284,13 @@ def check_demand(demand: Demand, cluster: Resources, nodes: Sequence[Resources] 
     if nodes:
         slots = sum(_slots(demand, node) for node in nodes)
         if slots < demand.num_actors:
-            shapes = ", ".join(f"{n.get('CPU', 0):g} CPU + {n.get('GPU', 0):g} GPU" for n in nodes)
+            names = [name for name in KINDS if name != "memory" or demand.memory]
+            asked_for = " + ".join(_number(name, demand.each(name), unit=True) for name in names)
+            shapes = (" + ".join(_number(name, _supply(name, node), unit=True) for name in names) for node in nodes)
+            keys = " or ".join(dict.fromkeys([demand.keys, *filter(None, [demand.memory_keys])]))
             raise ResourceError(
-                f"{demand.num_actors} {demand.role}(s) of {demand.num_cpus:g} CPU + {demand.num_gpus:g} GPU do not fit "
-                f"onto the nodes ({shapes}): only {slots} can be placed; lower {demand.keys}, or add larger nodes"
+                f"{demand.num_actors} {demand.role}(s) of {asked_for} do not fit onto the nodes ({', '.join(shapes)}): "
+                f"only {slots} can be placed; lower {keys}, or add larger nodes"
             )
 
 
@@ -273,6 +303,8 @@ def _online_demands(config: RunConfig) -> tuple[Demand, Demand]:
             num_cpus=sampler.cpus_per_engine,
             num_gpus=sampler.gpus_per_engine,
             keys="sampler.num_engines, sampler.cpus_per_engine or sampler.gpus_per_engine",
+            memory=engine_memory(config),
+            memory_keys="sampler.num_engines or sampler.cache_mib",
         ),
         Demand(
             role="scorer",
@@ -286,7 +318,7 @@ def _online_demands(config: RunConfig) -> tuple[Demand, Demand]:
 
 def _slots(demand: Demand, node: Resources) -> int:
     """How many actors of a group an empty node holds."""
-    asked = {"CPU": demand.num_cpus, "GPU": demand.num_gpus}
+    asked = {name: demand.each(name) for name in KINDS if demand.each(name) > 0}
     # the small term keeps 3 x 0.1 from exceeding 0.3
-    fits = [int(node.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items() if amount > 0]
-    return min(fits, default=demand.num_actors)
+    fits = [_supply(name, node) / amount + 1e-9 for name, amount in asked.items()]
+    return int(min(fits, default=demand.num_actors))

@@ -54,11 +54,12 @@ def sampling_flops(rollouts: Sequence[Rollout], flops: Callable[[Work], int]) ->
     return sum(flops(sequence_work(prompt + response, scored_tokens=response)) for prompt, response in lengths)
 
 
-def forward_work(rollouts: Sequence[Rollout]) -> Work:
+def forward_work(rollouts: Sequence[Rollout], *, is_shared: bool) -> Work:
     """Work of a forward over responses, two to a prompt at a time; an odd one stands alone.
 
     Args:
         rollouts: the responses to a prompt in a row.
+        is_shared: whether the two compute their prompt once.
     """
     by_prompt: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
@@ -67,7 +68,7 @@ def forward_work(rollouts: Sequence[Rollout]) -> Work:
     for members in by_prompt.values():
         prompt, lengths = len(members[0].prompt_ids), [len(rollout.response_ids) for rollout in members]
         for first, second in zip(lengths[::2], lengths[1::2], strict=False):
-            work += pair_work(prompt, first, second, is_shared=True)
+            work += pair_work(prompt, first, second, is_shared=is_shared)
         if len(lengths) % 2:
             work += sequence_work(prompt + lengths[-1], scored_tokens=lengths[-1])
     return work

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
@@ -35,9 +35,6 @@ from raylign.runtime.weight_sync import (
 from raylign.runtime.weight_transfer import TransferGroup
 from raylign.types import Rollout, SampleRequest
 
-if TYPE_CHECKING:
-    pass
-
 _RETRY_S = 0.25  # between two calls to an actor that Ray is restarting
 
 logger = logging.getLogger(__name__)
@@ -60,6 +57,7 @@ class SamplerPool:
         self._facts = list(facts)
         self._config = config.sampler
         self._last: SentUpdate | None = None
+        self._is_broken = False  # engines may hold anything since the last sync
         self._num_restarts = 0
         self._transfer: TransferGroup | None = None
         self._transfer_restarts = 0  # engines replaced before that group was connected
@@ -119,9 +117,13 @@ class SamplerPool:
         Raises:
             ModelError: a prompt leaves no room for a response of `sampler.max_new_tokens`.
             SamplerError: more engines were lost than `sampler.max_restarts`.
-            StaleWeightsError: an engine holds other weights than this pool sent last.
+            StaleWeightsError: an engine holds other weights than this pool sent last, or the last sync failed.
         """
         self._check_running()
+        if self._is_broken:
+            raise StaleWeightsError(
+                "the last sync of the sampling engines failed, what they hold is unknown; sync again"
+            )
         limit = self._config.max_new_tokens
         check_lengths(requests, max_new_tokens=limit, context=min(facts.context for facts in self._facts))
         shares = split_requests(requests, len(self._engines), limit)
@@ -152,7 +154,8 @@ class SamplerPool:
         """
         self._check_running()
         start = time.monotonic()
-        last = SentUpdate.of(update)
+        last = SentUpdate.of(update, dtype=self._facts[0].dtype)
+        self._is_broken = True
         if self._transfers and update.adapter is None:
             reports = self._broadcast(last)
         else:
@@ -163,8 +166,9 @@ class SamplerPool:
         try:
             differences = [self._check(engine, last, report) for engine, report in sorted(reports.items())]
         except StaleWeightsError:
-            self._last = None  # the engines' version is now another than the pool's, which keeps them from sampling
+            self._last = None  # no engine replaced from here on gets these weights
             raise
+        self._is_broken = False
         return SyncReport(
             version=update.version,
             seconds=time.monotonic() - start,
@@ -208,7 +212,7 @@ class SamplerPool:
         Raises:
             SamplerError: an engine was lost, or cannot take the weights.
         """
-        self._last = None  # half an update in some engine must not sample
+        self._last = None  # an engine replaced now gets its weights by this transfer
         self._call(lambda engine: self._engines[engine].check_ready.remote(), self._all(), restores=False)
         transfer, self._transfer = self._transfer, None  # after a fault its ranks wait for each other
         try:
@@ -254,12 +258,16 @@ class SamplerPool:
         while pending:
             first = min(pending, key=lambda reference: deadlines[pending[reference]])
             left = max(0.0, deadlines[pending[first]] - time.monotonic())
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+            # an answer in another node's store is one
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=left, fetch_local=False)
             reference = done[0] if done else first
             engine = pending.pop(reference)
             answer = self._outcome(engine, reference, held[engine], is_late=not done)
             if isinstance(answer, EngineFault):
+                start = time.monotonic()
                 self._replace(answer, restores=restores)
+                spent_s = time.monotonic() - start  # nobody looked at the others
+                deadlines = {other: deadline + spent_s for other, deadline in deadlines.items()}
                 pending[submit(engine)] = engine
                 deadlines[engine] = time.monotonic() + self._config.timeout_s
             else:
@@ -303,9 +311,10 @@ class SamplerPool:
             message = check_restart(fault, num_restarts=self._num_restarts, max_restarts=self._config.max_restarts)
             logger.warning(message)
             self._num_restarts += 1
-            if fault.kind in ("hung", "failed"):
+            is_alive = fault.kind in ("hung", "failed")
+            if is_alive:
                 ray.kill(self._engines[engine], no_restart=False)
-            self._facts[engine] = self._restart(engine)
+            self._facts[engine] = self._restart(engine, is_killed=is_alive)
             if not restores or self._last is None:
                 return
             pending = self._submit_update(engine, self._last)
@@ -316,8 +325,8 @@ class SamplerPool:
                 return
             fault = report
 
-    def _restart(self, engine: int) -> EngineFacts:
-        """Wait for the process that Ray starts and load the model in it."""
+    def _restart(self, engine: int, *, is_killed: bool) -> EngineFacts:
+        """Wait for the process that Ray starts and load the model in it; the old one is killed if it was not."""
         limit = self._config.start_timeout_s
         deadline = time.monotonic() + limit
         handle = self._engines[engine]
@@ -329,7 +338,11 @@ class SamplerPool:
                 facts: EngineFacts = ray.get(handle.start.remote(), timeout=max(0.0, left))
                 if (facts.node, facts.pid) != lost:
                     return facts
-                # ray.kill returns before the process is gone, and this was its last answer
+                # ray.kill returns before the process is gone, and this was its last answer;
+                # or Ray took it for lost while its node could not be reached
+                if not is_killed:
+                    ray.kill(handle, no_restart=False)
+                    is_killed = True
             except ActorUnavailableError:
                 pass
             except GetTimeoutError as error:

@@ -40,12 +40,14 @@ class EngineFacts:
         node: address of its node.
         pid: its process.
         context: longest sequence it takes, prompt and response, in tokens.
+        dtype: number type that it computes in, "float32".
         vllm_version: version of vLLM.
     """
 
     node: str
     pid: int
     context: int
+    dtype: str
     vllm_version: str
 
 
@@ -83,10 +85,11 @@ class SamplerEngine:
 
         Raises:
             MissingDependencyError: vLLM is not installed or cannot be imported.
-            SamplerError: vLLM refuses the model.
+            SamplerError: vLLM refuses the model, or would take a GPU that nobody reserved for it.
         """
         vllm = _import_vllm(self._settings.num_gpus)
         if self._llm is None:
+            _check_device(self._settings.num_gpus)
             self._dtype = dtype_name(self._settings)
             self._ends = end_ids(self._settings)
             try:
@@ -100,6 +103,7 @@ class SamplerEngine:
             node=_node(),
             pid=os.getpid(),
             context=int(self._llm.llm_engine.model_config.max_model_len),
+            dtype=self._dtype,
             vllm_version=str(vllm.__version__),
         )
 
@@ -347,6 +351,18 @@ def _import_vllm(num_gpus: int) -> Any:
             f"the online methods sample with vLLM, which cannot be imported: {error}; {cure}"
         ) from error
     return vllm
+
+
+def _check_device(num_gpus: int) -> None:
+    """VLLM takes what its build is for: it asks the driver, and CUDA_VISIBLE_DEVICES does not change its mind."""
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if num_gpus == 0 and device != "cpu":
+        raise SamplerError(
+            f"sampler.gpus_per_engine=0, but this vLLM is built for {device} and would take a device that nobody "
+            "reserved: set sampler.gpus_per_engine=1, or install the CPU build (bash launch/setup.sh --vllm)"
+        )
 
 
 def _token_logps(flat: Any, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:

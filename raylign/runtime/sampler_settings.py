@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raylign.config_sections import EMBEDDED
 from raylign.errors import SamplerError
 
 if TYPE_CHECKING:
     from raylign.config import RunConfig
 
+_PROCESS_BYTES = 1280 * 2**20  # measured with vLLM 0.29 for CPUs on a model of 14 MB
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has
 
 
@@ -81,19 +86,53 @@ def engine_settings(model_path: str, config: RunConfig) -> EngineSettings:
         num_gpus=sampler.gpus_per_engine,
         cache_mib=sampler.cache_mib,
         gpu_memory_utilization=sampler.gpu_memory_utilization,
-        enforce_eager=sampler.enforce_eager,
+        enforce_eager=sampler.gpus_per_engine == 0 if sampler.enforce_eager is None else sampler.enforce_eager,
         transfer_backend=None if sampler.weight_transfer == "object_store" else sampler.weight_transfer,
     )
+
+
+def engine_memory(config: RunConfig) -> int:
+    """Bytes of main memory that an engine takes: weights in its number type, cache, and a process with vLLM.
+
+    0 where that is not known: on GPUs, which hold the weights, and for a model that is no directory here.
+    """
+    directory = _model_directory(config.policy.model)
+    if config.sampler.gpus_per_engine or directory is None:
+        return 0
+    weight_bytes = 2 if config.policy.dtype == "bfloat16" else 4
+    return _num_weights(directory) * weight_bytes + config.sampler.cache_mib * 2**20 + _PROCESS_BYTES
+
+
+def _model_directory(name: str) -> Path | None:
+    if name == EMBEDDED:
+        from raylign.assets import asset_path
+
+        return asset_path("tiny_chat")
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+@functools.cache
+def _num_weights(directory: Path) -> int:
+    """Elements of all tensors of a checkpoint, from the headers of its files."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def actor_options(config: RunConfig) -> dict[str, Any]:
     """Ray's options of an engine's actor."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    sampler = config.sampler
+    sampler, memory = config.sampler, engine_memory(config)
     return {
         "num_cpus": sampler.cpus_per_engine,
         "num_gpus": sampler.gpus_per_engine,
+        **({"memory": memory} if memory else {}),
         "max_restarts": sampler.max_restarts,
         "max_task_retries": 0,
         # Trainer, trial or script may run in a placement group that holds no room for engines.

@@ -143,14 +143,21 @@ class SentUpdate:
     buckets: list[Any]
 
     @classmethod
-    def of(cls, update: WeightUpdate) -> SentUpdate:
-        """Nothing is stored yet."""
+    def of(cls, update: WeightUpdate, *, dtype: str) -> SentUpdate:
+        """Nothing is stored yet.
+
+        Args:
+            update: what to send.
+            dtype: number type that the engines compute in, "float32". Full weights in a wider one are sent in this one,
+                which is what engines would make of them.
+        """
+        weights = update.weights if update.adapter is not None else _narrowed(update.weights, dtype)
         return cls(
             header=UpdateHeader(version=update.version, adapter=update.adapter, probe_ids=update.probe.token_ids),
-            sent=checksums(update.weights),
+            sent=checksums(weights),
             probe=update.probe,
-            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.weights.values()),
-            weights=update.weights,
+            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
+            weights=weights,
             buckets=[],
         )
 
@@ -162,6 +169,16 @@ class SentUpdate:
             self.buckets = [ray.put(bucket) for bucket in pack_buckets(self.weights)]
             self.weights = {}
         return self.buckets
+
+
+def _narrowed(weights: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    import torch
+
+    target: torch.dtype = getattr(torch, dtype)
+    return {
+        name: tensor.to(target) if tensor.is_floating_point() and tensor.element_size() > target.itemsize else tensor
+        for name, tensor in weights.items()
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -78,13 +79,16 @@ class RoundSchedule:
         walk = self._walk()
         waiting: list[int] = []
         for _ in range(index + 1):
-            chosen: list[int] = []
-            queue, waiting = waiting, []
+            chosen: dict[int, None] = {}  # in order, and found at once
+            queue, waiting = deque(waiting), []
             while len(chosen) < self.round_size:
-                row = queue.pop(0) if queue else next(walk)
-                (waiting if row in chosen else chosen).append(row)
+                row = queue.popleft() if queue else next(walk)
+                if row in chosen:
+                    waiting.append(row)
+                else:
+                    chosen[row] = None
             waiting += queue
-        return np.array(chosen, np.int64)
+        return np.array(list(chosen), np.int64)
 
     def _walk(self) -> Iterator[int]:
         for epoch in itertools.count():

@@ -62,7 +62,11 @@ def fresh_seconds(
     """Device-seconds per fresh pair, one value per round of `BATCH_SIZE` prompts."""
     layers = resolve_layers("all", policy.num_layers)
     options = ActorOptions(num_cpus=config.sampler.scorer_cpus)
-    scorer = ray.remote(ResponseScorer).options(num_cpus=options.num_cpus).remote(model, reward, layers, options)
+    scorer = (
+        ray.remote(ResponseScorer)
+        .options(num_cpus=options.num_cpus)
+        .remote(model, reward, layers, config.robust, options)
+    )
     pool = SamplerPool.start(model, config=config)
     ray.get(scorer.is_ready.remote())
     reserved = sum(ResourcePlan.from_config(config).training_devices.values())

@@ -8,11 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from raylign.config import load_config
 from raylign.errors import ResourceError
 from raylign.runtime.resources import (
+    KINDS,
     Demand,
     ResourcePlan,
     Resources,
@@ -115,15 +118,48 @@ def test_groups_that_exist_together_must_fit_onto_nodes_and_not_only_in_sum() ->
     check_plan(asked, {"CPU": 4.0}, [{"CPU": 4.0}])
 
 
+def test_memory_of_engines_is_part_of_the_plan(tmp_path) -> None:
+    """A float32 copy of the weights, the cache and a process for each; on GPUs the weights lie elsewhere."""
+    save_file({"w": np.zeros((2**10, 2**10), np.float16), "b": np.zeros(2**10, np.float16)}, tmp_path / "a.safetensors")
+    keys = (f"policy.model={tmp_path}", "train.method=online_dpo", "sampler.num_engines=3", "sampler.cache_mib=1024")
+    asked = plan(*keys)
+    (engines, _) = asked.online
+    assert engines.memory == 4 * (2**20 + 2**10) + 2**30 + 1280 * 2**20
+    assert plan(*keys, "policy.dtype=bfloat16").online[0].memory == engines.memory - 2 * (2**20 + 2**10)
+    assert plan(*keys[:-1], "sampler.gpus_per_engine=1").online[0].memory == 0
+    assert plan("train.method=online_dpo", "policy.model=an/unknown").online[0].memory == 0
+    assert "3 x (0.5 CPU + 2.3 GiB) = 1.5 CPU + 6.8 GiB" in describe_demand(asked)[3]
+    node = {"CPU": 8.0, "memory": 4.0 * 2**30}
+    with pytest.raises(
+        ResourceError, match=r"3 sampling engine\(s\) x 2\.3 GiB ask for 6\.8 GiB, .* has 4\.0 GiB; .*cache"
+    ):
+        check_plan(asked, node, [node])
+    with pytest.raises(ResourceError, match=r"onto the nodes \(8 CPU \+ 0 GPU \+ 4\.0 GiB, .* only 2 can be placed"):
+        check_plan(asked, {"CPU": 16.0, "memory": 8.0 * 2**30}, [node, node])
+    check_plan(asked, {"CPU": 24.0, "memory": 12.0 * 2**30}, [node] * 3)
+    check_plan(asked, {"CPU": 8.0}, [{"CPU": 8.0}])  # a cluster that states none
+
+
+def test_memory_counts_where_groups_are_placed_together() -> None:
+    """The node with the memory has no CPU left beside the training workers."""
+    asked = plan("train.method=online_dpo", "resources.num_workers=3", "resources.cpus_per_worker=2")
+    nodes = [{"CPU": 5.0, "memory": 2.0**30}, {"CPU": 2.0, "memory": 2.0 * 2**30}]
+    with pytest.raises(
+        ResourceError, match=r"0\.5 CPU \+ 1\.3 GiB .* of 2 CPU with 1\.0 GiB, 2\.0 GiB\): the sum would"
+    ):
+        check_plan(asked, {"CPU": 7.0, "memory": 3.0 * 2**30}, nodes)
+    check_plan(asked, {"CPU": 7.0, "memory": 4.0 * 2**30}, [{**nodes[0], "memory": 2.0 * 2**30}, nodes[1]])
+
+
 def exhaustive(demands: Sequence[Demand], nodes: Sequence[Resources]) -> bool:
     """Every actor on every node in turn."""
     actors = [demand for demand in demands for _ in range(demand.num_actors)]
     for places in itertools.product(range(len(nodes)), repeat=len(actors)):
         held = [
-            {name: sum(a.each(name) for a, p in zip(actors, places, strict=True) if p == i) for name in ("CPU", "GPU")}
+            {name: sum(a.each(name) for a, p in zip(actors, places, strict=True) if p == i) for name in KINDS}
             for i in range(len(nodes))
         ]
-        if all(h[name] <= n.get(name, 0) + 1e-9 for h, n in zip(held, nodes, strict=True) for name in ("CPU", "GPU")):
+        if all(h[name] <= n.get(name, 0) + 1e-9 for h, n in zip(held, nodes, strict=True) for name in KINDS):
             return True
     return False
 
@@ -138,11 +174,19 @@ def test_placing_agrees_with_trying_every_way() -> None:
                 num_actors=rng.randint(1, 2),
                 num_cpus=rng.choice((0.5, 1, 1.5, 2)),
                 num_gpus=rng.choice((0, 0.5, 1)),
+                memory=rng.choice((0, 0, 1, 2)),
                 keys="",
             )
             for _ in range(3)
         ]
-        nodes = [{"CPU": rng.choice((1.0, 2.0, 3.0)), "GPU": rng.choice((0.0, 1.0, 2.0))} for _ in range(3)]
+        nodes = [
+            {
+                "CPU": rng.choice((1.0, 2.0, 3.0)),
+                "GPU": rng.choice((0.0, 1.0, 2.0)),
+                "memory": rng.choice((1.0, 2.0, 4.0)),
+            }
+            for _ in range(3)
+        ]
         answers[can_place(demands, nodes)] += 1
         assert can_place(demands, nodes) == exhaustive(demands, nodes)
     assert min(answers.values()) > 20

@@ -42,7 +42,9 @@ def test_a_shared_prompt_is_counted_once_per_couple(num_samples: int) -> None:
         expected += pair_work(prompt, lengths[0], lengths[1], is_shared=True)
         if num_samples == 3:
             expected += sequence_work(prompt + lengths[2], scored_tokens=lengths[2])
-    assert forward_work(rollouts) == expected
+    assert forward_work(rollouts, is_shared=True) == expected
+    padded = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+    assert forward_work(rollouts, is_shared=False).tokens == padded
 
 
 def test_sampling_counts_a_prompt_with_each_response() -> None:

@@ -14,6 +14,7 @@ from raylign.runtime.sampler_usage import SamplerUsage
 from raylign.runtime.weight_sync import (
     EngineReport,
     Probe,
+    SentUpdate,
     WeightUpdate,
     check_report,
     checksums,
@@ -141,3 +142,19 @@ def test_a_probe_needs_one_log_probability_less_than_tokens():
 def test_version_zero_is_the_model_as_loaded():
     with pytest.raises(ValueError, match="version=0"):
         WeightUpdate(version=0, weights={}, adapter=None, probe=PROBE)
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 8}])
+def test_full_weights_travel_in_the_number_type_of_the_engines(adapter):
+    update = WeightUpdate(version=1, weights=WEIGHTS, adapter=adapter, probe=PROBE)
+    assert SentUpdate.of(update, dtype="float32").weights.keys() == WEIGHTS.keys()
+    sent = SentUpdate.of(update, dtype="bfloat16")
+    wide = {name for name, tensor in WEIGHTS.items() if tensor.dtype == torch.float32}
+    for name, tensor in WEIGHTS.items():
+        expected = tensor.bfloat16() if name in wide and adapter is None else tensor
+        assert sent.weights[name].dtype == expected.dtype
+        assert torch.equal(sent.weights[name], expected)
+    assert sent.sent == checksums(sent.weights)
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in WEIGHTS.values())
+    saved = sum(WEIGHTS[name].numel() * 2 for name in wide) if adapter is None else 0
+    assert sent.num_bytes == whole - saved
