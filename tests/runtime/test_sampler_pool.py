@@ -258,6 +258,13 @@ def test_an_engine_that_received_something_else_stops_the_run(start):
     assert pool.num_restarts == 0
 
 
+def test_an_engine_that_was_taken_for_lost_and_still_answers_is_replaced(start):
+    """Its node could not be reached for a while: waiting for a process that Ray never starts would end the run."""
+    pool = start("ok")
+    before = pool._facts[0].pid
+    assert pool._restart(0, is_killed=False).pid != before
+
+
 def test_errors_of_raylign_come_through_without_a_restart(start):
     pool = start("refuse")
     with pytest.raises(ModelError, match="no such prompt"):
