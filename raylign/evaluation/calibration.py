@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 
 from raylign.evaluation.best_of_n import kl_bound, selection_weights
 from raylign.evaluation.metrics import Floats, auroc, bootstrap_mean, expected_calibration_error, wilson_interval
-from raylign.evaluation.uncertainty import MarginQuality, ReliabilityCurve, reliability_curve
+from raylign.evaluation.uncertainty import (
+    ConfidentRanking,
+    MarginQuality,
+    ReliabilityCurve,
+    confident_ranking,
+    reliability_curve,
+)
 from raylign.types import Interval
+
+_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +89,14 @@ class NoisyQuality:
         flip_rate: share of training and validation pairs that were reversed.
         quality: means over seeds, intervals over the prompts of the test pairs.
         curve: of the preference probability, first seed.
+        ranking: orders whose 95 % interval of the margin leaves out 0, mean over seeds; None where margins have no
+            variance.
     """
 
     flip_rate: float
     quality: MarginQuality
     curve: ReliabilityCurve
+    ranking: ConfidentRanking | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +184,24 @@ def noisy_quality(
             log_likelihood=_mean(-np.logaddexp(0, -logits_SB).mean(0), resamples),
         ),
         curve=reliability_curve(stated_SB[0], num_bins=10),
+        ranking=_ranking(outcomes),
+    )
+
+
+def _ranking(outcomes: Sequence[FitOutcome]) -> ConfidentRanking | None:
+    if not all(bool(outcome.margin_variance.any()) for outcome in outcomes):
+        return None
+    found = []
+    for outcome in outcomes:
+        spread_B = _NORMAL_95 * np.sqrt(outcome.margin_variance)
+        mean_B = outcome.margin_mean
+        bounds_B3 = np.stack([mean_B, mean_B - spread_B, mean_B + spread_B], axis=1)
+        found.append(confident_ranking(bounds_B3, np.zeros_like(bounds_B3)))
+    return ConfidentRanking(
+        **{
+            name: float(np.mean([getattr(one, name) for one in found]))
+            for name in ("right", "sure_right", "sure_wrong")
+        }
     )
 
 

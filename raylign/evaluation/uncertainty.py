@@ -58,6 +58,63 @@ class MarginQuality:
     log_likelihood: Interval
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfidentRanking:
+    """Orders of pairs that bounds of rewards leave no doubt about, as shares of all pairs.
+
+    Attributes:
+        right: the mean reward of the chosen response is the higher one; a tie is not.
+        sure_right: its lower bound lies above the upper bound of the rejected one.
+        sure_wrong: its upper bound lies below the lower bound of the rejected one.
+    """
+
+    right: float
+    sure_right: float
+    sure_wrong: float
+
+    def score(self, b: float) -> float:
+        r"""\(CT/((1-b)T + b) - CF/((1-b)F + b)\): shares of the right orders at b = 0, of all pairs at b = 1.
+
+        Args:
+            b: in [0, 1]. A quotient with denominator 0 counts as 0.
+
+        Source: the code of arXiv:2602.24040.
+        """
+
+        def share(sure: float, of: float) -> float:
+            whole = (1 - b) * of + b
+            return sure / whole if whole else 0.0
+
+        return share(self.sure_right, self.right) - share(self.sure_wrong, 1 - self.right)
+
+
+def confident_ranking(chosen: ArrayLike, rejected: ArrayLike) -> ConfidentRanking:
+    """How many pairs a reward with bounds orders, and how many of these orders it is sure of.
+
+    Args:
+        chosen: mean, lower and upper bound of each chosen response. Shape (B, 3), reward units.
+        rejected: likewise. For bounds of margins, in which what two responses share cancels, give these as `chosen`
+            and zeros here.
+
+    Raises:
+        ShapeError: arrays of other shapes.
+        DataError: a lower bound above its mean, or a mean above its upper bound.
+
+    Source: arXiv:2602.24040.
+    """
+    chosen_B3, rejected_B3 = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
+    if chosen_B3.ndim != 2 or chosen_B3.shape[1:] != (3,) or chosen_B3.shape != rejected_B3.shape:
+        raise ShapeError(f"chosen {chosen_B3.shape} and rejected {rejected_B3.shape} must both be (B, 3)")
+    for bounds in (chosen_B3, rejected_B3):
+        if not bool(((bounds[:, 1] <= bounds[:, 0]) & (bounds[:, 0] <= bounds[:, 2])).all()):
+            raise DataError("each row must be a mean, a lower bound not above it and an upper bound not below it")
+    return ConfidentRanking(
+        right=float((chosen_B3[:, 0] > rejected_B3[:, 0]).mean()),
+        sure_right=float((chosen_B3[:, 1] > rejected_B3[:, 2]).mean()),
+        sure_wrong=float((chosen_B3[:, 2] < rejected_B3[:, 1]).mean()),
+    )
+
+
 def reliability_curve(preference_prob: ArrayLike, *, num_bins: int = 20) -> ReliabilityCurve:
     """The curve whose mean distance from the diagonal is `expected_calibration_error`.
 

@@ -37,6 +37,7 @@ def render_calibration(result: CalibrationResult) -> str:
         _headline(result),
         _section(tables.model_table(result)),
         _section(tables.quality_table(result), *_quality_figures(result)),
+        _section(tables.ranking_table(result)),
         _section(best_of_n, *_best_of_n_figures(result)),
         _section(gap, *_weight_figures(result)),
         _section(tables.training_table(result), *_training_figures(result)),

@@ -57,6 +57,14 @@ def test_quality_is_the_mean_over_seeds_of_worked_numbers():
     assert quality.accuracy.num_items == 3
 
 
+def test_sure_orders_are_those_whose_margin_leaves_out_zero():
+    fits = [outcome([2.0, 1.9, -2.0, 0.1], variance=1.0), outcome([2.0, 2.0, 2.0, -2.0], variance=1.0)]
+    ranking = noisy_quality(0.0, fits, list("abcd"), **SAMPLES).ranking
+    assert ranking is not None
+    assert (ranking.right, ranking.sure_right, ranking.sure_wrong) == (0.75, (1 / 4 + 3 / 4) / 2, (1 / 4 + 1 / 4) / 2)
+    assert noisy_quality(0.0, [outcome([1.0])], ["a"], **SAMPLES).ranking is None
+
+
 def test_log_likelihood_of_a_sure_mistake_is_finite():
     quality = noisy_quality(0, [outcome([-1000.0, 1.0])], ["a", "b"], **SAMPLES).quality
     assert quality.log_likelihood.mean == pytest.approx((-1000 - math.log1p(math.exp(-1))) / 2)

@@ -36,6 +36,39 @@ def test_reliability_curve_by_hand():
     assert np.isnan(empty.observed[1:3]).all()
 
 
+def bounds(*means: float, width: float) -> np.ndarray:
+    return np.array([[mean, mean - width, mean + width] for mean in means])
+
+
+def test_sure_orders_by_hand():
+    """Four pairs: two surely right, one right, one surely wrong."""
+    found = uncertainty.confident_ranking(bounds(5, 4, 1.5, 0, width=1), bounds(0, 0, 1, 4, width=1))
+    assert (found.right, found.sure_right, found.sure_wrong) == (0.75, 0.5, 0.25)
+    expected = {0: -1 / 3, 0.01: -0.306422, 0.2: 0.0, 1: 0.25}
+    assert [found.score(b) for b in expected] == pytest.approx(list(expected.values()), abs=1e-6)
+
+
+def test_without_width_every_order_is_sure_and_ties_are_wrong():
+    found = uncertainty.confident_ranking(bounds(3, 2, 1, width=0), bounds(0, 2, 2, width=0))
+    assert (found.right, found.sure_right, found.sure_wrong) == (1 / 3, 1 / 3, 1 / 3)
+    nothing = uncertainty.ConfidentRanking(right=1.0, sure_right=0.5, sure_wrong=0.0)
+    assert nothing.score(0) == 0.5  # no order is wrong, so that none is surely wrong
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "error"),
+    [
+        (bounds(1, width=0)[:, :2], bounds(1, width=0)[:, :2], ShapeError),
+        (bounds(1, 2, width=0), bounds(1, width=0), ShapeError),
+        (bounds(1, width=-1), bounds(1, width=1), DataError),
+        (bounds(1, width=1), bounds(math.nan, width=1), DataError),
+    ],
+)
+def test_bounds_that_are_none_are_refused(chosen, rejected, error):
+    with pytest.raises(error):
+        uncertainty.confident_ranking(chosen, rejected)
+
+
 def test_shift_auroc_has_the_area_and_covers_it():
     """Normal signals one standard deviation apart: the area is Phi(1 / sqrt 2) = .7602."""
     found = uncertainty.shift_auroc(rng().normal(size=40), rng(1).normal(1, 1, size=60))
