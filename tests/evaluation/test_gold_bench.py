@@ -101,6 +101,7 @@ def test_single_rises_then_falls_and_pessimism_delays_it(curves):
     single, _ = curves.mean_and_error("single")
     assert -0.12 < single[0] < 0
     assert single[1] > 0.4
+    assert max(single[1:3]) > single[3], "the peak lies before 256"
     assert single[4] < -1 < single[2] - 1
     oracle, _ = curves.mean_and_error("oracle")
     assert (np.diff(oracle) > 0).all()
