@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from raylign.assets import EMBEDDED
 from raylign.config_constraint import ConstraintSection
 from raylign.config_cost_model import FINE_TUNED_KEYS, CostModelSection
-from raylign.config_sections import EMBEDDED
 from raylign.errors import ConfigError
 
 if TYPE_CHECKING:

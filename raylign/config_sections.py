@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-EMBEDDED = "embedded"
+from raylign.assets import EMBEDDED as EMBEDDED
 
 
 class Section(BaseModel):

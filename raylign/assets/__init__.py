@@ -7,6 +7,7 @@ from typing import Final
 
 from raylign.errors import RaylignError
 
+EMBEDDED: Final = "embedded"
 TINY_CHAT: Final = "tiny_chat"
 TINY_JUDGE: Final = "tiny_judge"
 TINY_COST: Final = "tiny_cost"
@@ -40,3 +41,15 @@ def asset_path(name: str) -> Path:
             "Reinstall raylign, or build it with `raylign assets build`"
         )
     return path
+
+
+def model_directory(name: str) -> Path | None:
+    """Directory of a model that is at hand: the embedded one, or a local one; None for anything else.
+
+    Args:
+        name: "embedded", a directory, or a hub id.
+    """
+    if name == EMBEDDED:
+        return asset_path(TINY_CHAT)
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None

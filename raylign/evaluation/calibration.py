@@ -21,12 +21,10 @@ from raylign.evaluation.uncertainty import (
     ConfidentRanking,
     MarginQuality,
     ReliabilityCurve,
-    confident_ranking,
+    margin_ranking,
     reliability_curve,
 )
 from raylign.types import Interval
-
-_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +189,7 @@ def noisy_quality(
 def _ranking(outcomes: Sequence[FitOutcome]) -> ConfidentRanking | None:
     if not all(bool(outcome.margin_variance.any()) for outcome in outcomes):
         return None
-    found = []
-    for outcome in outcomes:
-        spread_B = _NORMAL_95 * np.sqrt(outcome.margin_variance)
-        mean_B = outcome.margin_mean
-        bounds_B3 = np.stack([mean_B, mean_B - spread_B, mean_B + spread_B], axis=1)
-        found.append(confident_ranking(bounds_B3, np.zeros_like(bounds_B3)))
+    found = [margin_ranking(outcome.margin_mean, outcome.margin_variance) for outcome in outcomes]
     return ConfidentRanking(
         **{
             name: float(np.mean([getattr(one, name) for one in found]))

@@ -93,8 +93,7 @@ def confident_ranking(chosen: ArrayLike, rejected: ArrayLike) -> ConfidentRankin
 
     Args:
         chosen: mean, lower and upper bound of each chosen response. Shape (B, 3), reward units.
-        rejected: likewise. For bounds of margins, in which what two responses share cancels, give these as `chosen`
-            and zeros here.
+        rejected: likewise.
 
     Raises:
         ShapeError: arrays of other shapes.
@@ -113,6 +112,21 @@ def confident_ranking(chosen: ArrayLike, rejected: ArrayLike) -> ConfidentRankin
         sure_right=float((chosen_B3[:, 1] > rejected_B3[:, 2]).mean()),
         sure_wrong=float((chosen_B3[:, 2] < rejected_B3[:, 1]).mean()),
     )
+
+
+def margin_ranking(mean: ArrayLike, variance: ArrayLike) -> ConfidentRanking:
+    """`confident_ranking` by the 95 % interval of each margin, in which what two responses share cancels.
+
+    Args:
+        mean: of each margin, reward units. Shape (B,).
+        variance: likewise, squared. Shape (B,).
+
+    Raises:
+        ShapeError: input that is not one-dimensional.
+    """
+    mean_B, spread_B = _vector(mean, "mean"), _NORMAL_95 * np.sqrt(_vector(variance, "variance"))
+    bounds_B3 = np.stack([mean_B, mean_B - spread_B, mean_B + spread_B], axis=1)
+    return confident_ranking(bounds_B3, np.zeros_like(bounds_B3))
 
 
 def reliability_curve(preference_prob: ArrayLike, *, num_bins: int = 20) -> ReliabilityCurve:

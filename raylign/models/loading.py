@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raylign.config import EMBEDDED
+from raylign.assets import model_directory
 from raylign.errors import ModelError
 from raylign.types import Layout
 
@@ -42,13 +42,9 @@ def resolve_model(name: str, *, key: str = "policy.model") -> str:
     Raises:
         ModelError: neither a directory nor a repository that can be downloaded.
     """
-    if name == EMBEDDED:
-        from raylign.assets import asset_path
-
-        return str(asset_path("tiny_chat"))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
+    directory, path = model_directory(name), Path(name).expanduser()
+    if directory is not None:
+        return str(directory)
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"model directory {name} does not exist (config key {key})")
     from huggingface_hub import snapshot_download

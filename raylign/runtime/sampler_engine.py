@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylign.errors import MissingDependencyError, ModelError, RaylignError, SamplerError, StaleWeightsError
-from raylign.runtime.sampler_settings import EngineSettings, dtype_name, end_ids, llm_arguments
+from raylign.errors import ModelError, RaylignError, SamplerError, StaleWeightsError
+from raylign.runtime.sampler_settings import EngineSettings, dtype_name, end_ids, import_vllm, llm_arguments
 from raylign.runtime.sampler_usage import EngineAnswer, ForwardCounter
 from raylign.runtime.weight_sync import Bucket, EngineReport, UpdateHeader, unpack_bucket
 from raylign.types import Rollout, SampleRequest
@@ -87,9 +87,8 @@ class SamplerEngine:
             MissingDependencyError: vLLM is not installed or cannot be imported.
             SamplerError: vLLM refuses the model, or would take a GPU that nobody reserved for it.
         """
-        vllm = _import_vllm(self._settings.num_gpus)
+        vllm = import_vllm(self._settings.num_gpus)
         if self._llm is None:
-            _check_device(self._settings.num_gpus)
             self._dtype = dtype_name(self._settings)
             self._ends = end_ids(self._settings)
             try:
@@ -338,31 +337,6 @@ def _load_errors(header: UpdateHeader) -> Iterator[None]:
         raise
     except Exception as error:
         raise SamplerError(f"vLLM cannot load weights version {header.version}: {_reason(error)}") from error
-
-
-def _import_vllm(num_gpus: int) -> Any:
-    cure = "pip install 'raylign[gpu]'" if num_gpus else "bash launch/setup.sh --vllm (pip install 'raylign[vllm]')"
-    try:
-        import vllm
-
-        vllm.LLM  # noqa: B018  # loaded on first use, where a broken installation shows
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the online methods sample with vLLM, which cannot be imported: {error}; {cure}"
-        ) from error
-    return vllm
-
-
-def _check_device(num_gpus: int) -> None:
-    """VLLM takes what its build is for: it asks the driver, and CUDA_VISIBLE_DEVICES does not change its mind."""
-    from vllm.platforms import current_platform
-
-    device = current_platform.device_type
-    if num_gpus == 0 and device != "cpu":
-        raise SamplerError(
-            f"sampler.gpus_per_engine=0, but this vLLM is built for {device} and would take a device that nobody "
-            "reserved: set sampler.gpus_per_engine=1, or install the CPU build (bash launch/setup.sh --vllm)"
-        )
 
 
 def _token_logps(flat: Any, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:

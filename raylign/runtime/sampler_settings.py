@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raylign.config_sections import EMBEDDED
-from raylign.errors import SamplerError
+from raylign.assets import model_directory
+from raylign.errors import MissingDependencyError, SamplerError
 
 if TYPE_CHECKING:
     from raylign.config import RunConfig
 
-_PROCESS_BYTES = 1280 * 2**20  # measured with vLLM 0.29 for CPUs on a model of 14 MB
+_PROCESS_BYTES = 1280 * 2**20  # vLLM 0.29 for CPUs peaked at 870 MiB; half as much again
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has
 
 
@@ -96,20 +96,11 @@ def engine_memory(config: RunConfig) -> int:
 
     0 where that is not known: on GPUs, which hold the weights, and for a model that is no directory here.
     """
-    directory = _model_directory(config.policy.model)
+    directory = model_directory(config.policy.model)
     if config.sampler.gpus_per_engine or directory is None:
         return 0
     weight_bytes = 2 if config.policy.dtype == "bfloat16" else 4
     return _num_weights(directory) * weight_bytes + config.sampler.cache_mib * 2**20 + _PROCESS_BYTES
-
-
-def _model_directory(name: str) -> Path | None:
-    if name == EMBEDDED:
-        from raylign.assets import asset_path
-
-        return asset_path("tiny_chat")
-    path = Path(name).expanduser()
-    return path if path.is_dir() else None
 
 
 @functools.cache
@@ -189,6 +180,34 @@ def _context(settings: EngineSettings) -> int:
 
     context = context_length(load_config(settings.model_path, trust_remote_code=settings.trust_remote_code))
     return settings.max_length if context is None else min(context, settings.max_length)
+
+
+def import_vllm(num_gpus: int) -> Any:
+    """The module, when it can be imported and serves the devices that an engine asks for.
+
+    vLLM takes what its build is for: it asks the driver, and CUDA_VISIBLE_DEVICES does not change its mind.
+
+    Raises:
+        MissingDependencyError: it is not installed, or its installation is broken.
+        SamplerError: it would take a GPU that nobody reserved.
+    """
+    cure = "pip install 'raylign[gpu]'" if num_gpus else "bash launch/setup.sh --vllm (pip install 'raylign[vllm]')"
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+
+        vllm.LLM  # noqa: B018  # loaded on first use, where a broken installation shows
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the online methods sample with vLLM, which cannot be imported: {error}; {cure}"
+        ) from error
+    device = current_platform.device_type
+    if num_gpus == 0 and device != "cpu":
+        raise SamplerError(
+            f"sampler.gpus_per_engine=0, but this vLLM is built for {device} and would take a device that nobody "
+            "reserved: set sampler.gpus_per_engine=1, or install the CPU build (bash launch/setup.sh --vllm)"
+        )
+    return vllm
 
 
 def dtype_name(settings: EngineSettings) -> str:
