@@ -11,9 +11,11 @@ import torch
 from tiny_rounds import tiny_round, with_token_rewards
 from tiny_run import tiny_model
 
-from raylign.config import PolicyGradientSection, TrainSection
+from raylign.config import PolicyGradientSection, RobustSection, TrainSection
 from raylign.errors import TrainingError
 from raylign.models.forward import PolicyForward
+from raylign.rewards.posterior import ensemble_posterior
+from raylign.runtime.robust import robust_rewards
 from raylign.training.gradient import GradientSummary, gradient_update, round_targets, token_facts
 from raylign.training.micro_batches import Packing
 from raylign.training.optim import build_optimizer, build_scheduler
@@ -101,6 +103,26 @@ def test_the_first_update_follows_the_policy_gradient(reduction: str) -> None:
     update(policy, round_, gradient)
     for name, parameter in policy.named_parameters():
         torch.testing.assert_close(before[name] - parameter.detach(), expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_an_update_by_the_mixture_of_one_member_is_that_of_its_reward_bitwise() -> None:
+    """w_nominal = 1 and M = 1 leave the trainer of a single reward; a second member does not."""
+    policy = make_policy()
+    start, round_ = copy.deepcopy(policy.state_dict()), make_round(policy)
+    mu = torch.randn(len(round_.scored), 2, generator=torch.Generator().manual_seed(3))
+    rule = RobustSection(rule="brme", w_nominal=1.0)
+
+    def updated(rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+        policy.load_state_dict(start)
+        scored = [replace(item, reward=float(r)) for item, r in zip(round_.scored, rewards, strict=True)]
+        update(policy, replace(round_, scored=tuple(scored)), PolicyGradientSection())
+        return copy.deepcopy(policy.state_dict())
+
+    plain = updated(mu[:, 0])
+    robust = updated(robust_rewards(ensemble_posterior(mu[:, :1], torch.ones(len(mu), 1)), rule))
+    both = updated(robust_rewards(ensemble_posterior(mu, torch.tensor([2.0, 1.0]).expand(len(mu), 2)), rule))
+    assert all(torch.equal(plain[name], robust[name]) for name in plain)
+    assert not all(torch.equal(plain[name], both[name]) for name in plain)
 
 
 def test_the_first_update_follows_the_policy_gradient_of_rewards_of_tokens() -> None:
