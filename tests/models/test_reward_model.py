@@ -263,6 +263,16 @@ def test_an_encoder_without_a_chat_template_reads_prompt_and_response(tokenizer,
         torch.testing.assert_close(value, model(ids).logits[0, 0], rtol=0, atol=1e-6)
 
 
+def test_a_classifier_with_dropout_scores_alike_twice(policy_dir, tokenizer, tmp_path):
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=0, attention_dropout=0.5, **SIZES)
+    model = classifier(config, tmp_path / "dropout")
+    reward = TextReward(ClassifierForward(model), tokenizer)
+    first, second = (reward.posterior_of_texts([PROMPT] * 3, RESPONSES).mean for _ in range(2))
+    assert torch.equal(first, second)
+    model.train()  # what the scores above would be if the model had been loaded for training
+    assert not torch.equal(reward.posterior_of_texts([PROMPT] * 3, RESPONSES).mean, first)
+
+
 def test_an_external_decoder_is_read_as_it_was_trained_when_its_pad_token_ends_responses(
     policy_dir, tokenizer, tmp_path
 ):
