@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from raylign.errors import TrainingError
@@ -26,9 +25,10 @@ def seeded(seed: int, update: int, world: World) -> Iterator[None]:
 
 @contextmanager
 def gradient_sync(policy: nn.Module, *, is_last: bool) -> Iterator[None]:
-    """Communicate gradients with the last micro-batch only."""
-    if isinstance(policy, FSDPModule):
-        policy.set_requires_gradient_sync(is_last)
+    """Communicate gradients with the last micro-batch only, where whole gradients are kept anyway.
+
+    Shards are reduced with every micro-batch: without it FSDP2 would hold the whole gradient in float32 on each worker.
+    """
     with policy.no_sync() if isinstance(policy, DistributedDataParallel) and not is_last else nullcontext():
         yield
 

@@ -17,6 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from raylign.config import RunConfig, load_config
 from raylign.models.forward import PolicyForward
@@ -40,6 +43,7 @@ from raylign.training.state import (
     restore_adapter,
     save_checkpoint,
 )
+from raylign.training.step import gradient_sync
 from raylign.training.table import PairTable
 from raylign.training.variational import Variational
 from raylign.training.world import World
@@ -223,3 +227,17 @@ def test_a_sharded_run_resumes_bitwise_and_one_worker_can_take_over(
         assert torch.equal(value, whole[name]), name
     for name, value in weights(tmp_path / "alone").items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=2e-5)
+
+
+def test_shards_are_reduced_with_every_micro_batch():
+    """Otherwise FSDP2 keeps the whole gradient in float32 on every worker, and sharding saves nothing."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = fully_shard(torch.nn.Linear(3, 2), mesh=init_device_mesh("cpu", (1,)))
+        for is_last in (False, True):
+            with gradient_sync(layer, is_last=is_last):
+                layer(torch.ones(1, 3)).sum().backward()
+            assert all(isinstance(weight.grad, DTensor) for weight in layer.parameters())
+        assert layer.weight.grad.full_tensor().tolist() == [[2.0] * 3] * 2
+    finally:
+        dist.destroy_process_group()
