@@ -15,7 +15,7 @@ import ray.train
 from raylign.config import RunConfig
 from raylign.config_effects import AVA
 from raylign.cost.ledger import Ledger
-from raylign.errors import RaylignError, TrainingError
+from raylign.errors import RaylignError, ResourceError, TrainingError
 from raylign.runtime.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -82,14 +82,22 @@ def final_error(work: Callable[[], None]) -> TrainingError | None:
     Raises:
         RaylignError: any other error.
     """
+    import torch
+
     context = ray.train.get_context()
+    worker = f"training worker {context.get_world_rank()} of {context.get_world_size()}"
     try:
         work()
     except RaylignError as error:
-        error.args = (f"training worker {context.get_world_rank()} of {context.get_world_size()}: {error}",)
+        error.args = (f"{worker}: {error}",)
         if isinstance(error, TrainingError):
             return error
         raise
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{worker} ran out of device memory ({str(error).splitlines()[0]}); lower train.batch_tokens, set "
+            "policy.gradient_checkpointing=true, or under a new run.name policy.adapter=lora or train.parallel=fsdp"
+        ) from error
     return None
 
 

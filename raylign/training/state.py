@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ from raylign.training.world import World
 SCHEMA = 1
 POLICY = "policy"
 _STATE = "trainer_state"
+_CARD = "README.md"  # peft's, which a run replaces by its own
 TOKEN_HEADS = "token_heads"
 _VALUES = "value_heads."
 _TOKEN_HEADS = f"{TOKEN_HEADS}."
@@ -130,11 +132,13 @@ def save_checkpoint(
         "variational": None if state.variational is None else state.variational.state_dict(),
     }
     torch.save(training, directory / _STATE / "training.pt")
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != _CARD)
     record = {
         "schema": SCHEMA,
         "update": state.update,
+        "finished_at": time.time(),
         "identity": dict(identity),
-        "sizes": {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()},
+        "sizes": {str(file.relative_to(directory)): file.stat().st_size for file in files},
     }
     (directory / _STATE / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -179,7 +183,8 @@ def load_training(directory: Path, state: TrainerState) -> None:
     """
     file = directory / _STATE / "training.pt"
     try:
-        training = torch.load(file, map_location="cpu", weights_only=True)
+        # mapped, not read: workers of one node share the pages, and shards are all that each of them copies
+        training = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         record = json.loads((directory / _STATE / "state.json").read_text(encoding="utf-8"))
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); {_CURE}") from error

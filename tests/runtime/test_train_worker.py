@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from tiny_run import HIDDEN, NUM_LAYERS, save_tiny_model, tiny_table, write_pairs
 
 from raylign.config import load_config
-from raylign.errors import DataError
+from raylign.errors import DataError, ResourceError
 from raylign.models.forward import PolicyForward
 from raylign.models.token_forward import TokenForm
 from raylign.rewards.hybrid import HybridReward
 from raylign.runtime.fitted_reward import FittedReward
 from raylign.runtime.identity import base_model_name, method_identity, run_identity
-from raylign.runtime.train_worker import WorkerTask, build_live_confidence, build_state
+from raylign.runtime.reporter import Reporter
+from raylign.runtime.train_worker import WorkerTask, build_live_confidence, build_state, final_error
 from raylign.training.micro_batches import Packing
 from raylign.training.order import DataOrder
 from raylign.training.table import PairTable, read_split
@@ -131,3 +133,33 @@ def test_hub_ids_stay_and_directories_are_resolved(tmp_path):
     assert base_model_name(str(tmp_path), "/resolved") == "/resolved"
     (tmp_path / "adapter_config.json").write_text("{}")
     assert base_model_name("org/adapter", str(tmp_path)) is None
+
+
+def test_memory_that_a_device_lacks_is_told_with_its_cure(monkeypatch):
+    class Context:
+        def get_world_rank(self):
+            return 1
+
+        def get_world_size(self):
+            return 2
+
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr("ray.train.get_context", Context)
+    with pytest.raises(ResourceError, match=r"worker 1 of 2 ran out of device memory.*2 GiB.*train\.batch_tokens"):
+        final_error(work)
+
+
+def test_a_checkpoint_takes_the_place_of_one_that_was_never_reported(tmp_path):
+    import ray.train
+
+    reporter = object.__new__(Reporter)
+    reporter._file = tmp_path / "metrics.jsonl"
+    for place, content in (("step_0000002", "half"), (".checkpoint-x/checkpoint", "whole")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / content).write_text("")
+    written = ray.train.Checkpoint.from_directory(tmp_path / ".checkpoint-x" / "checkpoint")
+    placed = reporter._put(written, "step_0000002")
+    assert placed.path == str(tmp_path / "step_0000002")
+    assert [file.name for file in (tmp_path / "step_0000002").iterdir()] == ["whole"]
