@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from raylign.data.tokenization import end_of_response_id, special_ids
+from raylign.data.tokenization import end_of_response_id, render, special_ids
 from raylign.errors import ModelError
 from raylign.types import Message
 
@@ -125,9 +125,7 @@ class ConversationReader:
         )
 
     def _render(self, turns: Sequence[Message]) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        return render(self._tokenizer, turns, add_generation_prompt=True)
 
     def _encode(self, turns: Sequence[Message]) -> list[int]:
         try:

@@ -21,6 +21,7 @@ class IngestCounts:
         quarantined: rows set aside, by reason; duplicates are among them.
         sampled_out: valid pairs left out by `data.max_pairs`.
         splits: used pairs by split.
+        cut: answers of used pairs that fill `data.max_length`, so that they were cut there (or just fit).
         contradictions: pairs of used rows that prefer opposite answers to one prompt; both stay in the data, because
             which of them is right is for the reward to say.
     """
@@ -30,6 +31,7 @@ class IngestCounts:
     quarantined: Mapping[str, int]
     sampled_out: int
     splits: Mapping[str, int]
+    cut: int
     contradictions: int
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from raylign.types import Message, PreferencePair, TokenizedPair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DATE = date(2024, 7, 26)
 _PROBE_ANSWER = "raylignprobe"
 _PROBE = (Message(role="user", content="question"), Message(role="assistant", content=_PROBE_ANSWER))
 
@@ -89,7 +92,7 @@ def end_of_response_id(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         ModelError: neither exists.
     """
-    behind = _render(tokenizer, _PROBE, add_generation_prompt=False).rpartition(_PROBE_ANSWER)[2]
+    behind = render(tokenizer, _PROBE, add_generation_prompt=False).rpartition(_PROBE_ANSWER)[2]
     special = special_ids(tokenizer)
     for token in _encode(tokenizer, [behind])[0] if behind else []:
         if token in special:
@@ -118,7 +121,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
             "or choose a chat model"
         )
     try:
-        text = _render(tokenizer, _PROBE, add_generation_prompt=False)
+        text = render(tokenizer, _PROBE, add_generation_prompt=False)
     except TemplateError as error:
         raise ModelError(f"the chat template in {path} fails on a user and an assistant turn: {error}") from error
     if _PROBE_ANSWER not in text:
@@ -139,9 +142,9 @@ def _template(pair: PreferencePair, tokenizer: Any, forbidden: re.Pattern[str]) 
     rejected = (*pair.prompt, Message(role="assistant", content=pair.rejected))
     try:
         return (
-            _render(tokenizer, pair.prompt, add_generation_prompt=True),
-            _render(tokenizer, chosen, add_generation_prompt=False),
-            _render(tokenizer, rejected, add_generation_prompt=False),
+            render(tokenizer, pair.prompt, add_generation_prompt=True),
+            render(tokenizer, chosen, add_generation_prompt=False),
+            render(tokenizer, rejected, add_generation_prompt=False),
         )
     except TemplateError as error:
         raise RowError("template_error", f"the chat template refuses this conversation: {error}") from error
@@ -173,9 +176,23 @@ def _assemble(
     )
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """A conversation under the tokenizer's chat template, on any day the same.
+
+    Some templates write today's date (`strftime_now`): the same data would be other tokens tomorrow, and no cache or
+    unfinished run would fit them. Here it is always the date that Llama 3's templates have where none is given.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation.
+    """
     conversation = [{"role": message.role, "content": message.content} for message in messages]
-    text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    template = tokenizer.get_chat_template()
+    text: str = tokenizer.apply_chat_template(
+        conversation,
+        chat_template=_TODAY.sub(lambda call: repr(_DATE.strftime(call[2])), template),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
     return text
 
 

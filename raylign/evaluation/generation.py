@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from raylign.data.tokenization import end_of_response_id
+from raylign.data.tokenization import end_of_response_id, render
 from raylign.errors import ModelError
 from raylign.models.loading import context_length
 from raylign.types import Message
@@ -135,8 +135,7 @@ def generate_responses(
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
     """Token ids of a conversation under the chat template, with the generation prompt at the end."""
-    turns = [{"role": message.role, "content": message.content} for message in prompt]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, prompt, add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

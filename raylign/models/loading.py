@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py"]
-_TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model"),
+)
 
 # Decoders seen (tests/models/test_forward.py) to honour a 4-D mask and restarting positions.
 _FULL_ATTENTION_DECODERS = frozenset(
@@ -204,6 +208,12 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     """
     directory = Path(path)
     if not (directory / "config.json").is_file():
+        if (directory / _ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{directory} holds an adapter; merge it into its base model, save that, and name the new directory: "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...), and the "
+                "tokenizer beside it"
+            )
         reason = "has no config.json" if directory.is_dir() else "does not exist"
         raise ModelError(f"model directory {directory} {reason}")
     try:
@@ -304,10 +314,22 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     return _digest(sorted({file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern)}))
 
 
+def file_fingerprint(path: Path) -> str:
+    """Hash over the name and the bytes of one file."""
+    return _digest([path])
+
+
 def _digest(files: Iterable[Path]) -> str:
+    """Hash over names, sizes and bytes; files that have not changed are read once per process."""
+    stats = [(file, file.stat()) for file in files]
+    return _digest_of(tuple((file.absolute(), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+    for file, size, _ in files:
+        digest.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

@@ -202,6 +202,7 @@ def _count(
         quarantined=dict(sorted(reasons.items())),
         sampled_out=verdicts.num_sampled_out,
         splits=dict(sorted(splits.items())),
+        cut=sum(record["num_cut"] for record in finished),
         contradictions=verdicts.num_contradictions,
     )
     counts.check_sums()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylign.config import DataSection
@@ -43,7 +44,12 @@ STAGED_RECORD = pa.schema(
     [("part", pa.string()), ("path", pa.string()), ("num_rows", pa.int64()), ("num_valid", pa.int64())]
 )
 FINISHED_RECORD = pa.schema(
-    [("part", pa.string()), ("splits", pa.list_(pa.string())), ("reasons", pa.list_(pa.string()))]
+    [
+        ("part", pa.string()),
+        ("splits", pa.list_(pa.string())),
+        ("reasons", pa.list_(pa.string())),
+        ("num_cut", pa.int64()),
+    ]
 )
 
 
@@ -125,7 +131,8 @@ def finish_part(plan: pa.Table, task: IngestTask) -> pa.Table:
         task: as given to `stage_chunk`.
 
     Returns:
-        One `FINISHED_RECORD`: the split of each used row and the reason of each refused one, as written.
+        One `FINISHED_RECORD`: the split of each used row, the reason of each refused one, and how many answers of used
+        rows fill the length limit.
     """
     (entry,) = plan.to_pylist()
     part, codes = entry["part"], np.frombuffer(entry["codes"], np.uint8)
@@ -134,7 +141,18 @@ def finish_part(plan: pa.Table, task: IngestTask) -> pa.Table:
         pq.write_table(used, task.pairs / f"{part}.parquet")
     refused = sorted([*_read_refused(task.staging / f"{part}.jsonl"), *duplicates], key=lambda row: row.line)
     _write_refused(refused, refused_file(part, task))  # a file of its own, so that the task can be run again
-    record = {"part": part, "splits": used["split"].to_pylist(), "reasons": [row.reason for row in refused]}
+    prompts = used["prompt_ids"].combine_chunks().value_lengths()
+    num_cut = sum(
+        pc.sum(pc.equal(pc.add(prompts, used[name].combine_chunks().value_lengths()), task.config.max_length)).as_py()
+        or 0
+        for name in ("chosen_ids", "rejected_ids")
+    )
+    record = {
+        "part": part,
+        "splits": used["split"].to_pylist(),
+        "reasons": [row.reason for row in refused],
+        "num_cut": num_cut,
+    }
     return pa.Table.from_pylist([record], schema=FINISHED_RECORD)
 
 

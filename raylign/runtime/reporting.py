@@ -57,6 +57,7 @@ from raylign.training.rounds import RoundStore
 from raylign.types import Interval
 
 EMBEDDED_MODEL_LICENSE = "The embedded base model was trained on non-commercial data: non-commercial research use only."
+_CUT_SHARE = 0.05  # of all answers, from which on the report warns
 EMBEDDED_DATA_LICENSE = "The embedded pairs are hh-rlhf rows (MIT)."
 
 
@@ -132,6 +133,7 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
             "used": ingest["used"],
             **ingest["splits"],
             "sampled out": ingest["sampled_out"],
+            "answers cut at data.max_length": ingest["cut"],
             "contradictions": ingest["contradictions"],
         },
         quarantine=ingest["quarantined"],
@@ -155,10 +157,25 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
 
 
 def _warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the reward, the cost model and a constraint over stored pairs warned of."""
+    """What the data, the reward, the cost model and a constraint over stored pairs warned of."""
     constraint = None if facts["rank"] is None else facts["rank"].get("constraint")  # absent without one
-    return tuple(
+    return cut_warnings(facts["ingest"]) + tuple(
         text for part in (facts["reward"], facts["cost"], constraint) if part is not None for text in part["warnings"]
+    )
+
+
+def cut_warnings(ingest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Says so when many answers end with an end-of-response token that their authors did not put there.
+
+    Args:
+        ingest: facts of the ingest phase.
+    """
+    share = ingest["cut"] / (2 * ingest["used"])
+    if share <= _CUT_SHARE:
+        return ()
+    return (
+        f"{share:.0%} of the answers were cut at data.max_length, and the policy learns to end there: raise "
+        "data.max_length, or leave the long pairs out",
     )
 
 

@@ -59,8 +59,8 @@ def test_a_chunk_without_valid_rows_has_the_same_columns(make_tokenizer):
 
 
 def make_counts(**changes):
-    values = {"rows_read": 10, "used": 6, "quarantined": {"b": 1, "a": 2}, "sampled_out": 1, "contradictions": 0}
-    return IngestCounts(**(values | {"splits": {"train": 6}} | changes))
+    values = {"rows_read": 10, "used": 6, "quarantined": {"b": 1, "a": 2}, "sampled_out": 1}
+    return IngestCounts(**(values | {"splits": {"train": 6}, "cut": 0, "contradictions": 0} | changes))
 
 
 def test_counts_that_do_not_add_up_are_our_mistake():

@@ -84,6 +84,25 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(tmp_path, ingest):
     assert [r["row_id"] for r in result.dataset.take_all()] == ["r0", "r20"]
 
 
+def test_cut_answers_are_counted(tmp_path, ingest):
+    long = "x" * 80
+    rows = [row(0), row(1, chosen=long), row(2, chosen=long, rejected="y" * 80), row(3, prompt="q" * 60, chosen=long)]
+    result = ingest(write(tmp_path / "rows.jsonl", rows))
+    assert (result.counts.used, result.counts.cut) == (3, 3)  # answers of a refused row do not count
+
+
+def test_files_are_known_by_their_content_wherever_they_lie(tmp_path):
+    from raylign.runtime.fingerprints import source_state
+
+    places = [tmp_path / name for name in ("here", "there")]
+    for place in places:
+        place.mkdir()
+        write(place / "rows.jsonl", [row(0), row(1)])
+    assert source_state(str(places[0])) == source_state(str(places[1] / "rows.jsonl"))
+    write(places[1] / "rows.jsonl", [row(0), row(2)])
+    assert source_state(str(places[0])) != source_state(str(places[1]))
+
+
 def test_columns_and_contents(tmp_path, ingest, make_tokenizer):
     result = ingest(write(tmp_path / "rows.jsonl", [row(0, source="here", chosen_safe=True, split="test")]))
     (stored_row,) = result.dataset.take_all()
