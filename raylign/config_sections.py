@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from raylign.assets import EMBEDDED as EMBEDDED
 
@@ -24,6 +24,13 @@ class RunSection(Section):
     )
     seed: int = Field(0, ge=0, description="seed of splits, heads, data order, dropout and sampling")
     resume: bool = Field(False, description="continue the run in its directory instead of refusing to touch it")
+
+    @field_validator("storage")
+    @classmethod
+    def _is_path(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError("is a directory that every node sees, not a URL: mount the bucket and name its path")
+        return storage
 
 
 class PolicySection(Section):

@@ -35,7 +35,7 @@ from raylign.runtime.phases import digest, renamed, write_json
 from raylign.runtime.progress import progress_bar
 from raylign.runtime.reward_trial import FitData, load_outcome, measure_fit, save_outcome
 from raylign.runtime.round_judge import judge_rounds
-from raylign.runtime.run_phases import Phases, actor_options, check_demand, open_phases
+from raylign.runtime.run_phases import CACHES, Phases, actor_options, check_demand, open_phases
 
 SHARED = "shared"
 _FIT_TIMEOUT_S = 3600.0
@@ -68,7 +68,7 @@ def calibrate(calibration: Calibration) -> CalibrationResult:
         check_demand(config)
     harmful_prompts(base, settings.num_prompts)  # too few are better known before the features than after
     model = resolve_model(base.policy.model)
-    shared = open_phases(renamed(base, storage=directory, name=SHARED), model)
+    shared = open_phases(renamed(base, storage=directory, name=SHARED), model, caches=directory.parent / CACHES)
     ingest, ingest_facts = shared.ingest()
     features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
     answers, answers_digest = _candidates(shared, calibration)

@@ -110,7 +110,7 @@ def check_calibration(calibration: Calibration) -> list[str]:
     for name in settings.trained:
         check_devices(calibration.trial(name, seed).config)
     fits = len(calibration.fits) * len(settings.flips) * len(settings.seeds)
-    trainings = len(settings.trained) * len(settings.seeds)
+    trainings = len(settings.trained) * len(settings.trained_flips) * len(settings.seeds)
     lines.append(
         f"fits     {len(calibration.fits)} models x {len(settings.flips)} shares of flips x {len(settings.seeds)} "
         f"seeds = {fits}, and {trainings} trainings"
@@ -129,9 +129,9 @@ def check_packages(config: RunConfig) -> None:
         MissingDependencyError: naming the extra that installs the package.
     """
     if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'")
+        raise MissingDependencyError("tracking.wandb needs wandb: pip install wandb")
     if config.train.method != "offline" and importlib.util.find_spec("vllm") is None:
-        cure = "pip install 'raylign[gpu]'" if config.sampler.gpus_per_engine else "bash launch/setup.sh --vllm"
+        cure = "pip install '.[gpu]' where raylign lies" if config.sampler.gpus_per_engine else "bash launch/setup.sh --vllm"
         raise MissingDependencyError(f"train.method={config.train.method} samples with vLLM; install it: {cure}")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Pairs = tuple[torch.Tensor, torch.Tensor]  # chosen and rejected states, each (N, L, D)
 
 VERDICT_COLUMNS = ("chosen_safe", "rejected_safe")
+_STATE_COLUMNS = ("chosen_states", "rejected_states")
+_ROWS = 256  # in a batch: states of large models are a megabyte a pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +63,47 @@ def read_states(features: ray.data.Dataset, *, max_pairs: int, only_labelled: bo
         only_labelled: leave out pairs of which no answer has a safety verdict, and read the verdicts.
 
     Raises:
-        DataError: no pair, or none with a verdict where they are asked for.
+        DataError: no pair, none with a verdict where they are asked for, or two with one id.
     """
     names = ["row_id", "prompt_key", "split", *(VERDICT_COLUMNS if only_labelled else ())]
     index = pa.concat_tables(features.select_columns(names).iter_batches(batch_format="pyarrow", batch_size=None))
+    num_rows = len(index)
     if only_labelled:
         index = index.filter(has_verdict(index))
     if not len(index):
         raise DataError(f"no pair{' with a safety verdict (chosen_safe, rejected_safe)' * only_labelled} to fit on")
     kept = _sample_ids(index, max_pairs)
-    columns = [*names, "chosen_states", "rejected_states"]
-    keep = pa.array(sorted(kept))
-    tables = [
-        batch.filter(pc.is_in(batch["row_id"], value_set=keep))
-        for batch in features.select_columns(columns).iter_batches(batch_format="pyarrow", batch_size=1024)
-    ]
-    table = pa.concat_tables(tables)
+    rows = features.select_columns(["row_id", *_STATE_COLUMNS])
+    if len(kept) < num_rows:
+        rows = rows.map_batches(_only, batch_format="pyarrow", batch_size=_ROWS, fn_kwargs={"kept": kept})
+    table = index.filter(pc.is_in(index["row_id"], value_set=pa.array(kept)))
     table = table.take(pc.sort_indices(table, sort_keys=[("row_id", "ascending")]))
+    chosen, rejected = _gather(rows, table["row_id"].to_pylist())
     return PairStates(
-        chosen=torch.from_numpy(states_from_column(table["chosen_states"]).copy()),
-        rejected=torch.from_numpy(states_from_column(table["rejected_states"]).copy()),
+        chosen=chosen,
+        rejected=rejected,
         prompt_key=table["prompt_key"].to_pylist(),
         split=table["split"].to_pylist(),
         **{name: table[name].to_pylist() for name in VERDICT_COLUMNS if only_labelled},
     )
+
+
+def _only(batch: pa.Table, *, kept: Collection[str]) -> pa.Table:
+    return batch.filter(pc.is_in(batch["row_id"], value_set=pa.array(kept)))
+
+
+def _gather(rows: ray.data.Dataset, row_ids: Sequence[str]) -> list[torch.Tensor]:
+    """States in the order of `row_ids`, each (N, L, D), with no more than a batch of them in memory twice."""
+    places = {row_id: place for place, row_id in enumerate(row_ids)}
+    if len(places) < len(row_ids):
+        raise DataError(f"{len(row_ids) - len(places)} pairs have the row_id of another; ids must be unique")
+    arrays: dict[str, np.ndarray] = {}
+    for batch in rows.iter_batches(batch_format="pyarrow", batch_size=_ROWS):
+        at = [places[row_id] for row_id in batch["row_id"].to_pylist()]
+        for name in _STATE_COLUMNS:
+            states = states_from_column(batch[name])
+            arrays.setdefault(name, np.empty((len(row_ids), *states.shape[1:]), states.dtype))[at] = states
+    return [torch.from_numpy(arrays[name]) for name in _STATE_COLUMNS]
 
 
 def reversed_splits(train: Pairs, valid: Pairs, *, share: float, seed: int) -> tuple[Pairs, Pairs]:
@@ -121,11 +141,11 @@ def has_verdict(table: pa.Table) -> pa.ChunkedArray:
     return pc.or_(chosen, rejected)
 
 
-def _sample_ids(index: pa.Table, max_pairs: int) -> set[str]:
-    kept: set[str] = set()
+def _sample_ids(index: pa.Table, max_pairs: int) -> list[str]:
+    kept: list[str] = []
     for split in pc.unique(index["split"]):
         rows = index.filter(pc.equal(index["split"], split))
         ids, keys = rows["row_id"].to_pylist(), rows["prompt_key"].to_pylist()
         # in the order of the prompts' keys, which are hashes already
-        kept |= {row_id for _, row_id in sorted(zip(keys, ids, strict=True))[:max_pairs]}
+        kept += [row_id for _, row_id in sorted(zip(keys, ids, strict=True))[:max_pairs]]
     return kept

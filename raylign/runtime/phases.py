@@ -72,7 +72,12 @@ class Run:
     devices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def phase(
-        self, name: str, key: Mapping[str, Any], work: Callable[[Path], dict[str, Any]]
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        work: Callable[[Path], dict[str, Any]],
+        *,
+        is_kept: Callable[[Mapping[str, Any]], bool] = lambda facts: True,
     ) -> tuple[Path, dict[str, Any]]:
         """Do `work(directory)` unless its manifest is there, and return the directory and the manifest's facts.
 
@@ -80,6 +85,7 @@ class Run:
             name: phase name; also the directory.
             key: JSON-like description of all inputs.
             work: writes artefacts into the directory and returns facts for the manifest (JSON-like).
+            is_kept: given these facts, whether what a finished phase left outside of its directory is still there.
 
         Raises:
             CacheMismatchError: the directory holds this phase made from other inputs.
@@ -88,7 +94,7 @@ class Run:
         manifest = _read(directory / MANIFEST)
         if manifest is not None:
             _check_key(directory, manifest["key"], json.loads(json.dumps(key, default=str)))
-        if manifest is not None and manifest["status"] == "done":
+        if manifest is not None and manifest["status"] == "done" and is_kept(manifest["facts"]):
             self.skipped.append(name)
             self.seconds[name] = manifest["seconds"]
             phase_line(name, "reused", manifest["seconds"])

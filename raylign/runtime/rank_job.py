@@ -35,7 +35,7 @@ def rank_pairs(
     import ray
 
     shared = ray.put((reward, confidence))
-    return pairs.map_batches(rank_table, batch_format="pyarrow", batch_size=1024, fn_kwargs={"shared": shared})
+    return pairs.map_batches(rank_table, batch_format="pyarrow", batch_size=256, fn_kwargs={"shared": shared})
 
 
 def rank_table(table: pa.Table, *, shared: Any) -> pa.Table:

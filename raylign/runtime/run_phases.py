@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -17,6 +18,7 @@ import torch
 
 from raylign.config import TEXT_REWARDS, RunConfig, needs_cost
 from raylign.cost.ledger import Ledger
+from raylign.errors import DataError
 from raylign.evaluation.scoring import RewardScorer
 from raylign.models.forward import resolve_layers
 from raylign.models.loading import load_config, model_fingerprint, tokenizer_fingerprint
@@ -39,7 +41,7 @@ from raylign.runtime.fingerprints import pairs_fingerprint, source_state
 from raylign.runtime.fitted_reward import FittedTexts, RewardFacts, load_reward
 from raylign.runtime.identity import method_identity
 from raylign.runtime.ingest_job import read_pairs, run_ingest
-from raylign.runtime.phases import Run, digest, open_run
+from raylign.runtime.phases import MANIFEST, Run, digest, open_run
 from raylign.runtime.preflight import check_cluster
 from raylign.runtime.price_job import attach_costs
 from raylign.runtime.rank_job import confidence_facts, rank_pairs
@@ -52,6 +54,7 @@ from raylign.runtime.trainer import METRICS_FILE, run_training
 from raylign.types import Message
 
 POLICY_DIR = "policy"
+CACHES = "cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +74,19 @@ class CostPhase:
 
 @dataclass(frozen=True)
 class Phases:
-    """One method per phase; each returns what the next ones need and is skipped when its manifest is there."""
+    """One method per phase; each returns what the next ones need and is skipped when its manifest is there.
+
+    Attributes:
+        config: of the run.
+        run: its directory.
+        model: directory of the policy before training.
+        caches: directory of the feature caches; None is `cache/` beside the run.
+    """
 
     config: RunConfig
     run: Run
     model: str
+    caches: Path | None = None
 
     @property
     def ledger(self) -> Ledger | None:
@@ -139,7 +150,7 @@ class Phases:
             data_fingerprint=fingerprint,
             parallel=config.train.parallel,
         )
-        cache = self.run.directory.parent / "cache" / f"features-{digest(key)}"
+        cache = (self.caches or self.run.directory.parent / CACHES) / f"features-{digest(key)}"
 
         def work(_: Path) -> dict[str, Any]:
             is_reused = cache.exists()
@@ -158,7 +169,7 @@ class Phases:
                 record_reuse(self.run.ledger, "features", read_cost(cache), key=digest(key))
             return {"cache": str(cache), "is_reused": is_reused}
 
-        self.run.phase("features", key, work)
+        self.run.phase("features", key, work, is_kept=lambda _: (cache / MANIFEST).is_file())
         return cache, digest(key)
 
     def reward(self, features: Path, features_digest: str, *, flips: float = 0.0) -> tuple[Path, dict[str, Any]]:
@@ -220,9 +231,9 @@ class Phases:
 
         def work(directory: Path) -> dict[str, Any]:
             fitted = load_reward(reward)
-            rows = read_features(features)
-            if isinstance(fitted, FittedTexts):
-                rows = ray.data.read_parquet(str(reward / SCORED_DIR), include_paths=False)
+            is_text = isinstance(fitted, FittedTexts)
+            source = reward / SCORED_DIR if is_text else features
+            rows = ray.data.read_parquet(str(source), include_paths=False) if is_text else read_features(source)
             ranked = rank_pairs(rows, reward=fitted, confidence=config.confidence)
             if cost is not None:
                 ranked = attach_costs(ranked, cost.directory)
@@ -233,7 +244,11 @@ class Phases:
             pairs = directory / "ranked"
             shutil.rmtree(pairs, ignore_errors=True)
             ranked.write_parquet(str(pairs))
-            table = pq.read_table(pairs, columns=["split", "label_confidence"], filters=[("split", "=", "train")])
+            table = pq.read_table(pairs, columns=["split", "label_confidence"])
+            num_pairs = sum(pq.read_metadata(file).num_rows for file in source.rglob("*.parquet"))
+            if len(table) != num_pairs:
+                raise DataError(f"ranking was given {num_pairs} pairs and wrote {len(table)}")
+            table = table.filter(pc.equal(table["split"], "train"))
             return confidence_facts(table["label_confidence"].to_numpy()) | facts
 
         directory, facts = self.run.phase("rank", key, work)
@@ -295,9 +310,10 @@ class Phases:
 
     def _link(self, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """`<run>/checkpoint` leads to the trained policy."""
-        link = self.run.directory / "checkpoint"
-        if not link.is_symlink():
-            link.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory))
+        new = self.run.directory / ".checkpoint"
+        new.unlink(missing_ok=True)
+        new.symlink_to(Path(facts["checkpoint"]).relative_to(self.run.directory))
+        new.replace(self.run.directory / "checkpoint")
         return Path(facts["checkpoint"]), facts
 
     def evaluate(self, checkpoint: Path, ingest: Path, reward: Path, reward_key: str) -> tuple[Path, dict[str, Any]]:
@@ -354,12 +370,13 @@ def check_demand(config: RunConfig) -> None:
     check_cluster(config)
 
 
-def open_phases(config: RunConfig, model: str) -> Phases:
+def open_phases(config: RunConfig, model: str, *, caches: Path | None = None) -> Phases:
     """The phases of a run in its directory, priced by its ledger.
 
     Args:
         config: of the run.
         model: directory of the policy before training.
+        caches: directory of the feature caches; None is `cache/` beside the run.
 
     Raises:
         OutputExistsError: the directory is in use and `run.resume` is not set.
@@ -368,7 +385,7 @@ def open_phases(config: RunConfig, model: str) -> Phases:
     run = open_run(config)
     run.ledger = open_ledger(config, run.directory, cluster)
     run.devices = phase_devices(plan, cluster, driver_cpus=torch.get_num_threads())
-    return Phases(config, run, model)
+    return Phases(config, run, model, caches)
 
 
 def actor_options(config: RunConfig) -> ActorOptions:

@@ -191,7 +191,7 @@ def import_vllm(num_gpus: int) -> Any:
         MissingDependencyError: it is not installed, or its installation is broken.
         SamplerError: it would take a GPU that nobody reserved.
     """
-    cure = "pip install 'raylign[gpu]'" if num_gpus else "bash launch/setup.sh --vllm (pip install 'raylign[vllm]')"
+    cure = "pip install '.[gpu]' where raylign lies" if num_gpus else "bash launch/setup.sh --vllm"
     try:
         import vllm
         from vllm.platforms import current_platform

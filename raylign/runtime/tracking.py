@@ -106,7 +106,7 @@ def _import_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError as error:
-        raise MissingDependencyError("tracking.wandb needs wandb: pip install 'raylign[wandb]'") from error
+        raise MissingDependencyError("tracking.wandb needs wandb: pip install wandb") from error
     return wandb
 
 

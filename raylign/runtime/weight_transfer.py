@@ -137,7 +137,7 @@ def check_transfer() -> None:
     except ImportError as error:
         raise MissingDependencyError(
             f"sampler.weight_transfer=nccl needs vLLM in the trainer's environment, too, where it cannot be imported: "
-            f"{error}; pip install 'raylign[gpu]', or set sampler.weight_transfer=object_store"
+            f"{error}; pip install '.[gpu]' where raylign lies, or set sampler.weight_transfer=object_store"
         ) from error
 
 

@@ -26,6 +26,23 @@ def test_phase_runs_once_and_returns_its_facts_again(tmp_path):
     assert run.seconds["ingest"] >= 0
 
 
+def test_a_phase_whose_work_lies_elsewhere_is_redone_when_that_is_gone(tmp_path):
+    cache = tmp_path / "cache"
+
+    def work(_):
+        cache.mkdir()
+        return {"cache": str(cache)}
+
+    for is_there in (False, True, False):
+        if not is_there and cache.exists():
+            cache.rmdir()
+        run = Run(tmp_path / "run")
+        _, facts = run.phase("features", {"seed": 1}, work, is_kept=lambda facts: cache.is_dir())
+        assert facts == {"cache": str(cache)}
+        assert run.skipped == (["features"] if is_there else [])
+        assert cache.is_dir()
+
+
 def test_other_inputs_are_refused_and_named(tmp_path):
     Run(tmp_path).phase("rank", {"seed": 1, "alpha": 7.5}, lambda _: {})
     with pytest.raises(CacheMismatchError, match=r"alpha: was 7\.5, now 3\.0"):
