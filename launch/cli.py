@@ -287,6 +287,17 @@ def evaluate(checkpoint: str, path: str | None, overrides: tuple[str, ...], prin
 
 
 @main.command()
+@click.argument("checkpoint")
+@click.argument("output")
+@click.option("--trust-remote-code", is_flag=True, help="Run code shipped inside the model directories.")
+def merge(checkpoint: str, output: str, trust_remote_code: bool) -> None:
+    """Write the model that a LoRA CHECKPOINT makes of its base to OUTPUT, for example for a next run."""
+    from raylign.models.averaging import merge_adapter
+
+    click.echo(f"merged   {merge_adapter(checkpoint, output, trust_remote_code=trust_remote_code)}")
+
+
+@main.command()
 @click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",

@@ -1,4 +1,4 @@
-"""A policy between two policies, one of which was trained from the other: the average of their weights."""
+"""Policies made of others without training: an adapter merged into its base, and the average of two policies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from raylign.errors import ConfigError, OutputExistsError
-from raylign.models.loading import load_policy, load_tokenizer
+from raylign.models.loading import adapter_base, load_config, load_policy, load_tokenizer
 from raylign.rewards.merge import average_weights, weights_hash
 
 
@@ -57,6 +57,31 @@ def average_policies(
     model.load_state_dict(average_weights(members(), start_hashes=[common, common], weights=shares))
     model.save_pretrained(output)
     load_tokenizer(trained, trust_remote_code=trust_remote_code).save_pretrained(output)
+    return output
+
+
+def merge_adapter(adapter: str | Path, output: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Write the policy that an adapter makes of its base model, as a plain HF directory in the base's number type.
+
+    Args:
+        adapter: checkpoint of a run with policy.adapter=lora, or any peft adapter of a causal language model.
+        output: new directory for the model and the adapter's tokenizer.
+        trust_remote_code: run code shipped inside the model directories.
+
+    Returns:
+        The output directory.
+
+    Raises:
+        OutputExistsError: the output is there already.
+        ModelError: no adapter, or one whose base cannot be loaded.
+    """
+    output = Path(output)
+    if output.exists():
+        raise OutputExistsError(f"{output} exists: name a new directory for the merged policy")
+    kind = load_config(adapter_base(adapter), trust_remote_code=trust_remote_code).dtype or torch.float32
+    model = _merged(adapter, trust_remote_code)
+    model.to(kind).save_pretrained(output)
+    load_tokenizer(adapter, trust_remote_code=trust_remote_code).save_pretrained(output)
     return output
 
 

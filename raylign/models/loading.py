@@ -156,13 +156,26 @@ def load_policy(
             return get_peft_model(model, lora).eval()
 
 
+def adapter_base(directory: str | Path) -> str:
+    """Directory of the model that an adapter belongs to.
+
+    Raises:
+        ModelError: no adapter, or one that does not name its base, or a base that is out of reach.
+    """
+    file = Path(directory) / _ADAPTER_CONFIG
+    if not file.is_file():
+        raise ModelError(f"{directory} holds no adapter: {_ADAPTER_CONFIG} is missing")
+    base = _read_json(file).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{file} does not name its base model (base_model_name_or_path)")
+    return resolve_model(base)
+
+
 def _load_adapter(directory: Path, **base_options: Any) -> PeftModel:
     from peft import PeftModel
 
-    base = _read_json(directory / _ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{directory / _ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
-    model = load_policy(resolve_model(base), **base_options)
+    base = adapter_base(directory)
+    model = load_policy(base, **base_options)
     try:
         with without_renaming_warnings():
             return PeftModel.from_pretrained(model, directory, is_trainable=True).eval()
@@ -209,11 +222,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     directory = Path(path)
     if not (directory / "config.json").is_file():
         if (directory / _ADAPTER_CONFIG).is_file():
-            raise ModelError(
-                f"{directory} holds an adapter; merge it into its base model, save that, and name the new directory: "
-                "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...), and the "
-                "tokenizer beside it"
-            )
+            raise ModelError(f"{directory} holds an adapter; merge it first: raylign merge {directory} NEW_DIRECTORY")
         reason = "has no config.json" if directory.is_dir() else "does not exist"
         raise ModelError(f"model directory {directory} {reason}")
     try:

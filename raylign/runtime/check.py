@@ -131,7 +131,8 @@ def check_packages(config: RunConfig) -> None:
     if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise MissingDependencyError("tracking.wandb needs wandb: pip install wandb")
     if config.train.method != "offline" and importlib.util.find_spec("vllm") is None:
-        cure = "pip install '.[gpu]' where raylign lies" if config.sampler.gpus_per_engine else "bash launch/setup.sh --vllm"
+        gpu = "pip install '.[gpu]' where raylign lies"
+        cure = gpu if config.sampler.gpus_per_engine else "bash launch/setup.sh --vllm"
         raise MissingDependencyError(f"train.method={config.train.method} samples with vLLM; install it: {cure}")
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_run import save_tiny_model, tiny_model
+from transformers import AutoModelForCausalLM
 
-from raylign.errors import ConfigError, OutputExistsError, ShapeError
-from raylign.models.averaging import average_policies
+from launch.cli import main
+from raylign.errors import ConfigError, ModelError, OutputExistsError, ShapeError
+from raylign.models.averaging import average_policies, merge_adapter
 from raylign.models.loading import load_policy, load_tokenizer
 
 
@@ -52,6 +55,29 @@ def test_an_adapter_counts_with_its_base(stages, tmp_path) -> None:
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
         moved += not torch.equal(weight, start.state_dict()[name])
     assert moved > 5
+
+
+def test_a_merged_adapter_is_a_plain_model_that_answers_as_the_adapter_does(stages, tmp_path) -> None:
+    base, _ = stages
+    adapted = load_policy(base, adapter="lora", lora_rank=2)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(len(name)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(base).save_pretrained(tmp_path / "adapter")
+    result = CliRunner().invoke(main, ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+        assert not torch.allclose(model(ids).logits, load_policy(base)(ids).logits, atol=1e-2)
+    assert load_tokenizer(tmp_path / "merged").chat_template
+    with pytest.raises(OutputExistsError, match="name a new directory"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(ModelError, match=r"holds no adapter: adapter_config\.json is missing"):
+        merge_adapter(base, tmp_path / "other")
 
 
 def test_what_is_refused(stages, tmp_path) -> None:
