@@ -1,15 +1,13 @@
-"""The job server of a Ray cluster: reached with the right token or refused with the cure, asked for nodes, followed."""
+"""A Ray cluster's job server: reached with the right token or refused with the cure, asked for nodes, sent jobs."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -22,27 +20,12 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 20.0  # of one answer
 _SEND_TIMEOUTS_S = {"PUT": 900.0, "POST": 120.0}  # of a whole upload, and of a job that has to find its agent
 _POLL_S = 1.0
-_RECONNECTS = 5
 _CHATTY = (  # they name each ignore file thrice, and warn that Ray leaves out .git
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
 )
-_STOPPED = 143  # what a shell gives for a command that SIGTERM ended
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a job ended.
-
-    Attributes:
-        exit_code: to pass on.
-        reason: one line.
-    """
-
-    exit_code: int
-    reason: str
 
 
 def normalise(address: str) -> str:
@@ -122,10 +105,7 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         return Client(address, headers=_headers())
     except AuthenticationError as error:
-        raise SubmitError(
-            f"{address} refuses the token from {find_token()}: it is another cluster's, or an old one; `ray "
-            "get-auth-token` on the head node prints the right one"
-        ) from error
+        raise refused(address) from error
     except (RuntimeError, ConnectionError) as error:
         raise SubmitError(f"{address} does not take jobs: {error}") from error
 
@@ -184,17 +164,30 @@ def _use_token(address: str) -> None:
     Config.initialize("")  # Ray has cached the mode when it was imported
 
 
+def refused(address: str) -> SubmitError:
+    """The error for a server that answers, but not to this token."""
+    token = find_token()
+    found = f"the token from {token}: it is another cluster's, or an old one" if token else "to answer without a token"
+    return SubmitError(f"{address} refuses {found}; `ray get-auth-token` on the head node prints the right one")
+
+
 def list_supply(address: str) -> list[dict[str, float]]:
     """Resources of each living node, from the state API.
 
     Raises:
-        SubmitError: it does not answer.
+        SubmitError: it does not answer, or the token is missing or wrong.
     """
-    from ray.util.state import list_nodes
+    from ray.exceptions import AuthenticationError
+    from ray.util.state import StateApiClient
+    from ray.util.state.common import ListApiOptions, StateResource
     from ray.util.state.exception import RayStateApiException
 
+    options = ListApiOptions(filters=[("state", "=", "ALIVE")], limit=10_000, timeout=int(_TIMEOUT_S))
     try:
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=10_000, timeout=int(_TIMEOUT_S))
+        client = StateApiClient(address, headers=_headers())
+        nodes = client.list(StateResource.NODES, options, raise_on_missing_output=True)
+    except AuthenticationError as error:
+        raise refused(address) from error
     except (RayStateApiException, OSError) as error:
         raise SubmitError(f"{address} does not list its nodes: {error}") from error
     return [node.resources_total for node in nodes]
@@ -275,7 +268,7 @@ def submit_job(
                     "start the second with another --dashboard-agent-listen-port"
                 )
                 raise SubmitError(
-                    f"the job server refused the job: {_last_line(text)}{cure if is_early else ''}"
+                    f"the job server refused the job: {last_line(text)}{cure if is_early else ''}"
                 ) from error
         if not is_told:
             tell(f"waiting up to {wait_s:g} s for the agent that starts jobs")
@@ -283,82 +276,7 @@ def submit_job(
         time.sleep(_POLL_S)
 
 
-def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> Outcome:
-    """Hand on the log until the job has ended; a lost connection is taken up again where it broke.
-
-    Args:
-        client: of the server.
-        job: submission id.
-        write: gets pieces of the log.
-
-    Raises:
-        SubmitError: the connection is lost for good.
-        KeyboardInterrupt: the user let go; the job goes on.
-    """
-    log = _Log(write)
-    num_failures = 0
-    while True:
-        try:
-            asyncio.run(_tail(client, job, log))
-            info = client.get_job_info(job)
-            num_failures = 0
-        except (OSError, RuntimeError) as error:  # aiohttp's and requests' errors are OSErrors
-            num_failures += 1
-            if num_failures > _RECONNECTS:
-                raise SubmitError(f"lost the connection to the job server: {_last_line(str(error))}") from error
-        else:
-            if info.status.is_terminal():
-                return outcome(
-                    status=str(info.status),
-                    exit_code=info.driver_exit_code,
-                    error=info.error_type,
-                    message=info.message,
-                )
-        time.sleep(_POLL_S)
-
-
-class _Log:
-    """A log of which the server sends every connection all, and of which each character is written once."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._num_written = 0
-
-    def add(self, piece: str, end: int) -> None:
-        """Write what is new of a piece that ends after `end` characters."""
-        if end > self._num_written:
-            self._write(piece[-(end - self._num_written) :])
-            self._num_written = end
-
-
-async def _tail(client: JobSubmissionClient, job: str, log: _Log) -> None:
-    end = 0
-    async for piece in client.tail_job_logs(job):
-        end += len(piece)
-        log.add(piece, end)
-
-
-def outcome(*, status: str, exit_code: int | None, error: str | None, message: str | None) -> Outcome:
-    """The exit code to pass on and the reason, from what Ray says of a job that has ended.
-
-    Args:
-        status: "SUCCEEDED", "FAILED" or "STOPPED".
-        exit_code: of the entrypoint; negative when a signal ended it, None when it never started.
-        error: Ray's kind of failure.
-        message: Ray's words; of an entrypoint that failed, the end of its log.
-    """
-    if status == "SUCCEEDED":
-        return Outcome(exit_code=0, reason="succeeded")
-    if status == "STOPPED":
-        return Outcome(exit_code=_STOPPED, reason="was stopped")
-    last = _last_line(message or "no message")
-    if exit_code is None or exit_code == 0:
-        return Outcome(exit_code=1, reason=f"failed ({error or 'unknown'}): {last}")
-    if exit_code < 0:
-        return Outcome(exit_code=128 - exit_code, reason=f"was killed by signal {-exit_code}: {last}")
-    return Outcome(exit_code=exit_code, reason=f"failed with exit code {exit_code}: {last}")
-
-
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """The line that says most of an error or a log."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no message"

@@ -17,10 +17,12 @@ from raylign.runtime.storage import check_job_storage
 
 ENTRYPOINT = ("python3", "-m", "launch.cli")  # works where raylign is installed and where the job ships it
 _CODE = ("raylign/__init__.py", "launch/cli.py")
-_RESOLVED = ("align", "evaluate", "compare", "calibrate", "sweep", "check")  # verbs that take a whole configuration
+_RUNS = ("align", "compare", "calibrate", "sweep")  # verbs that write to run.storage and ask for all resources
+_RESOLVED = (*_RUNS, "evaluate", "check")  # verbs that take a whole configuration
 _FILE_OPTIONS = {"--config": "path", "--space": "space"}
 _FILE_KEYS = ("data.path", "evaluate.prompts")  # never names of a hub
 _MODEL_KEYS = ("policy.model", "evaluate.judge", "reward_model.model", "cost_model.model")
+_EVALUATE_KEYS = ("evaluate.prompts", "evaluate.judge")  # all that `evaluate` reads beside its checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +33,18 @@ class Target:
         arguments: of `raylign`, the verb first; files are named as they lie in the working directory.
         configs: what it runs, resolved here; empty for verbs that read no configuration.
         files: config file and space, relative to the working directory, but for those that ship with raylign.
+        checkpoint: what `evaluate` judges; None for other verbs.
     """
 
     arguments: tuple[str, ...]
     configs: tuple[RunConfig, ...]
     files: tuple[str, ...] = ()
+    checkpoint: str | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it runs whole configurations, rather than looks at one or judges a checkpoint."""
+        return self.arguments[0] in _RUNS
 
     @property
     def entrypoint(self) -> tuple[str, ...]:
@@ -72,7 +81,7 @@ def parse_target(group: click.Group, arguments: Sequence[str], *, root: Path) ->
         files.append(inside)
         renamed = {given: inside, f"{option}={given}": f"{option}={inside}"}
         words = [renamed.get(word, word) for word in words]
-    return Target(arguments=tuple(words), configs=configs, files=tuple(files))
+    return Target(arguments=tuple(words), configs=configs, files=tuple(files), checkpoint=params.get("checkpoint"))
 
 
 def _inside(path: str, root: Path, option: str) -> str:
@@ -132,14 +141,15 @@ def check_target(target: Target, upload: Upload) -> list[str]:
                 f"{file} would not be shipped: .gitignore, .rayignore or an exclude names it; let it through there "
                 f"(a line !{file}), or move it"
             )
-    notes: list[str] = []
+    keys = (*_FILE_KEYS, *_MODEL_KEYS) if target.checkpoint is None else _EVALUATE_KEYS
+    paths = [("CHECKPOINT", target.checkpoint)]
     for config in target.configs:
-        check_job_storage(config.run.storage)
-        for key in (*_FILE_KEYS, *_MODEL_KEYS):
-            note = _check_path(key, _value(config, key), upload)
-            if note is not None and note not in notes:
-                notes.append(note)
-    if any(config.tracking.wandb == "online" for config in target.configs):
+        if target.is_run:
+            check_job_storage(config.run.storage)
+        paths += [(key, _value(config, key)) for key in keys]
+    found = (_check_path(key, value, upload) for key, value in dict.fromkeys(paths))
+    notes = [note for note in found if note is not None]
+    if target.is_run and any(config.tracking.wandb == "online" for config in target.configs):
         notes.append("tracking.wandb=online needs WANDB_API_KEY there: --env WANDB_API_KEY, unless the nodes have it")
     is_shipped = all(upload.holds(upload.root / name) for name in _CODE)
     notes.append("raylign itself is shipped" if is_shipped else "raylign is not shipped: the cluster must have it")
@@ -155,7 +165,7 @@ def _check_path(key: str, value: str | None, upload: Upload) -> str | None:
     there = sorted(upload.root.glob(value))
     if there and all(upload.holds(path) for path in there):
         return None
-    if there or key in _FILE_KEYS or value.startswith("."):
+    if there or key in _FILE_KEYS or value.startswith(".") or value.count("/") > 1:
         found = "is left out of the upload" if there else f"is not in the working directory {upload.root}"
         raise DataNotFoundError(
             f"{key}={value} {found}, which is all that the job sees; ship it, or give the absolute path on storage "

@@ -20,6 +20,10 @@ if [ "$with_vllm" = true ]; then extras=$extras,vllm; fi
 stamp=.venv/.raylign-$(printf '%s' "$extras" | cat - pyproject.toml | cksum | cut -d' ' -f1)
 if [ -e "$stamp" ]; then exit 0; fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+if [[ ,$extras, == *,cpu,* && ! $(.venv/bin/python -m pip config list) =~ (index-url|find-links)= ]]; then
+  # PyPI's torch for Linux is the CUDA build. `config list` shows the PIP_* variables too.
+  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+fi
 echo "setup.sh: installing raylign[$extras] into .venv (one to five minutes)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
 if [ "$with_vllm" = true ]; then

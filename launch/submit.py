@@ -13,12 +13,14 @@ from typing import Any
 
 import click
 
-from launch.job_server import await_supply, connect, find_token, follow, list_supply, normalise, submit_job
+from launch.job_log import follow
+from launch.job_server import await_supply, connect, find_token, list_supply, normalise, submit_job
 from launch.job_target import Target, check_target, parse_target
 from launch.upload import Upload, check_size, collect_upload
 from raylign.errors import SubmitError
 
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+# words of a name, as in HF_TOKEN; PGPASSWORD and APIKEY are written as one
+_SECRET = re.compile(r"(?:^|_)(?:TOKEN|(?:API)?KEY|SECRET|[A-Z]*PASSW(?:OR)?D|CREDENTIAL)S?\d*(?:_|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # what tells a Ray process its cluster; the submitting machine's would lead the job elsewhere, or lock it out
 _RAYS_OWN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -218,7 +220,13 @@ def _demand_lines(target: Target) -> list[str]:
     """Demand by role of all that the job runs, each line once."""
     from raylign.runtime.resources import ResourcePlan, describe_demand
 
-    lines = (line for config in target.configs for line in describe_demand(ResourcePlan.from_config(config)))
+    lines: list[str] = []
+    for plan in map(ResourcePlan.from_config, target.configs):
+        described = describe_demand(plan)
+        if target.is_run:
+            lines += described
+        elif target.checkpoint is not None:
+            lines.append(described[plan.demands.index(plan.evaluation)])
     return list(dict.fromkeys(lines))
 
 
@@ -228,12 +236,15 @@ def _check_supply(target: Target, wait_s: float, address: str) -> None:
     Raises:
         ResourceError: with the arithmetic.
     """
-    from raylign.runtime.resources import ResourcePlan, check_plan, describe_supply
+    from raylign.runtime.resources import ResourcePlan, check_demand, check_plan, describe_supply
 
     def check(nodes: Sequence[Mapping[str, float]]) -> None:
         cluster = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-        for config in target.configs:
-            check_plan(ResourcePlan.from_config(config), cluster, nodes)
+        for plan in map(ResourcePlan.from_config, target.configs):
+            if target.is_run:
+                check_plan(plan, cluster, nodes)
+            elif target.checkpoint is not None:
+                check_demand(plan.evaluation, cluster, nodes)
 
     def ask() -> Sequence[Mapping[str, float]]:
         nodes = list_supply(address)

@@ -23,6 +23,19 @@ EXCLUDES = (
     ".raylign-token-*",  # of a cluster that launch/clusters/slurm.sh starts
     ".env",
     ".env.*",
+    # what else holds secrets, or a home directory's caches
+    ".netrc",
+    ".git-credentials",
+    ".ssh/",
+    ".aws/",
+    ".ray/",
+    ".kube/",
+    ".docker/",
+    ".gnupg/",
+    ".cache/",
+    "*.pem",
+    "id_rsa*",
+    "id_ed25519*",
 )
 MAX_FILES = 20_000  # more than any project has; stops a walk over a home directory
 _ENTRY_BYTES = 30 + 46  # of a zip file beside a name and its content: local header and directory entry

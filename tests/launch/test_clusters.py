@@ -234,7 +234,7 @@ def test_the_ray_cluster_names_a_submission_that_is_accepted() -> None:
 
 STAND_INS = {
     "scontrol": "printf 'node1\\nnode2\\nnode3\\n'",
-    "hostname": "echo 10.1.2.3 172.17.0.1",
+    "hostname": "echo 127.0.0.2 172.17.0.1",
     # runs a command as srun would, and says where
     "srun": """
 while [[ $1 == --* ]]; do options="${options:-} $1"; shift; done
@@ -243,11 +243,18 @@ exec "$@" """,
     "ray": """
 echo "ray $* (token $(stat -c %a "$RAY_AUTH_TOKEN_PATH"), $RAY_AUTH_MODE, ${RAY_ADDRESS-no address})" >>log
 if [[ $* == *"start --head"* ]]; then
-  exec python3 -c 'import os, socket
-s = socket.create_server(("127.0.0.1", int(os.environ["RAYLIGN_DASHBOARD_PORT"])))
-while True: s.accept()'
+  [[ -z ${DEAF:-} ]] || exec sleep 60
+  exec python3 -c 'import os, socket, time
+time.sleep(1)
+head = socket.create_server(("127.0.0.2", int(os.environ["RAYLIGN_PORT"])))
+time.sleep(1)
+dashboard = socket.create_server(("127.0.0.1", int(os.environ["RAYLIGN_DASHBOARD_PORT"])))
+while True: dashboard.accept()'
 fi
-if [[ $1 == start ]]; then exec sleep 60; fi""",
+if [[ $1 == start ]]; then
+  (exec 3<>"/dev/tcp/127.0.0.2/$RAYLIGN_PORT") && echo "found the head" >>log
+  exec sleep 60
+fi""",
     "raylign": """
 echo "raylign $*" >>log
 cp "$RAY_AUTH_TOKEN_PATH" seen
@@ -265,8 +272,8 @@ def allocation(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     for name, body in STAND_INS.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.2", 0)) as free, socket.create_server(("127.0.0.1", 0)) as also_free:
+        port, dashboard = free.getsockname()[1], also_free.getsockname()[1]
     environment = {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(tmp_path),
@@ -274,8 +281,8 @@ def allocation(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         "SLURM_JOB_NODELIST": "node[1-3]",
         "SLURM_CPUS_PER_TASK": "12",
         "RAYLIGN_ENV": "HF_TOKEN",
-        "RAYLIGN_HEAD_START_S": "0",
-        "RAYLIGN_DASHBOARD_PORT": str(port),
+        "RAYLIGN_PORT": str(port),
+        "RAYLIGN_DASHBOARD_PORT": str(dashboard),
         "RAY_ADDRESS": "of another cluster",
     }
     return tmp_path, environment
@@ -302,9 +309,11 @@ def test_slurm_starts_every_node_submits_to_the_head_and_ends_with_the_jobs_code
     }
     (head_where, head), (others_where, others) = sorted(starts.items(), key=lambda item: "--exclude" in item[0])
     assert "--nodelist=node1" in head_where and "--nodes=2" in others_where and "--exclude=node1" in others_where
-    assert (head["head"], head["node_ip_address"], head["dashboard_host"]) == (True, "10.1.2.3", "127.0.0.1")
-    assert (others["address"], others["num_cpus"], head["num_cpus"]) == (f"10.1.2.3:{head['port']}", 12, 12)
+    assert "--cpus-per-task=12" in head_where and "--cpus-per-task=12" in others_where
+    assert (head["head"], head["node_ip_address"], head["dashboard_host"]) == (True, "127.0.0.2", "127.0.0.1")
+    assert (others["address"], others["num_cpus"], head["num_cpus"]) == (f"127.0.0.2:{head['port']}", 12, 12)
     assert log.count("(token 600, token, no address)") == 2
+    assert "found the head" in log
     [submitted] = [line for line in log.splitlines() if line.startswith("raylign")]
     assert submitted.endswith(
         f"--address http://127.0.0.1:{environment['RAYLIGN_DASHBOARD_PORT']} --wait 300 --submission-id raylign-77 "
@@ -327,6 +336,14 @@ def test_slurm_stops_the_job_when_its_time_is_over(allocation: tuple[Path, dict[
     assert process.returncode == 143
     assert "job stop --address" in (directory / "log").read_text()
     assert not list(directory.glob(".raylign-token*"))
+
+
+def test_slurm_gives_up_on_a_head_that_does_not_listen(allocation: tuple[Path, dict[str, str]]) -> None:
+    process = slurm(allocation[1] | {"DEAF": "1", "RAYLIGN_HEAD_START_S": "1"}, "align")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"does not listen on 127.0.0.2:{allocation[1]['RAYLIGN_PORT']} after 1 s; raise RAYLIGN_HEAD_START_S" in out
+    assert (allocation[0] / "log").read_text().count("ray start") == 2  # srun and the head's own line
 
 
 def test_slurm_without_a_command_says_what_to_give(allocation: tuple[Path, dict[str, str]]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launch.cli import main
-from launch.job_server import Outcome
+from launch.job_log import Outcome
 from launch.job_target import check_target, parse_target
 from launch.submit import JobRequest, hand_variables, parse_env
 from launch.upload import MAX_FILES, Upload, check_size, collect_upload
@@ -39,6 +39,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ".raylign-token-17": "x",
         ".env": "KEY=x",
         ".env.local": "KEY=x",
+        ".netrc": "x",
+        ".git-credentials": "x",
+        "sub/.ssh/config": "x",
+        "sub/.ray/auth_token": "x",
+        ".docker/config.json": "{}",
+        ".cache/models/big": "x",
+        "sub/cluster.pem": "x",
+        "id_rsa.old": "x",
         "ignored/pairs.jsonl": "{}\n",
         "sub/dé.txt": "x",
     }.items():
@@ -143,7 +151,14 @@ def test_a_config_is_named_as_it_lies_in_the_working_directory(project: Path, mo
             ConfigError,
             r"--space \.\./outside\.yaml is not in the work",
         ),
-        (["evaluate", "/checkpoint"], ConfigError, r"run\.storage=runs is relative"),
+        (
+            ["evaluate", "runs/default"],
+            DataNotFoundError,
+            r"CHECKPOINT=runs/default is left out of the upload.*absolute",
+        ),
+        (["evaluate", "runs/a/policy"], DataNotFoundError, r"CHECKPOINT=runs/a/policy is not in the working directory"),
+        (["evaluate", "/c", "evaluate.prompts=no.jsonl"], DataNotFoundError, r"evaluate\.prompts=no\.jsonl is not in"),
+        (["check", "data.path=other.jsonl"], DataNotFoundError, r"data\.path=other\.jsonl is not in the work"),
     ],
 )
 def test_what_cannot_work_there_is_refused_here(
@@ -152,6 +167,18 @@ def test_what_cannot_work_there_is_refused_here(
     (project.parent / "outside.yaml").write_text("train.beta: {grid: [0.1, 0.2]}\n" if "--space" in arguments else "")
     with pytest.raises(error, match=message):
         parsed(project, *arguments)
+
+
+def test_what_is_no_run_needs_neither_storage_nor_what_it_does_not_read(project: Path) -> None:
+    parsed(project, "evaluate", "sub", "data.path=other.jsonl")
+    parsed(project, "evaluate", "org/name")
+    parsed(project, "check", "--config", "my.yaml")
+    target = parse_target(main, ["evaluate", "/checkpoint", "tracking.wandb=online"], root=project)
+    notes = check_target(target, collect_upload(project, []))
+    assert notes == [
+        "CHECKPOINT=/checkpoint must exist on every node; it is not shipped",
+        "raylign is not shipped: the cluster must have it",
+    ]
 
 
 def test_a_wrong_option_of_the_command_is_found_here(project: Path) -> None:
@@ -195,6 +222,9 @@ def test_only_named_variables_travel(project: Path) -> None:
         ("ABSENT", "not set here"),
         ("WANDB_API_KEY=abc", "looks like a secret"),
         ("my_password=abc", "looks like a secret"),
+        ("GITHUB_TOKENS=abc", "looks like a secret"),
+        ("SERVICE_APIKEY_2=abc", "looks like a secret"),
+        ("PGPASSWORD=abc", "looks like a secret"),
         ("RAY_ADDRESS", "Ray sets it inside the job"),
         ("RAY_AUTH_TOKEN", "Ray sets it inside the job"),
         ("not a name", "give NAME, or NAME=VALUE"),
@@ -205,6 +235,11 @@ def test_variables_that_must_not_travel(word: str, message: str) -> None:
     with pytest.raises(SubmitError, match=message) as caught:
         parse_env([word], {"RAY_ADDRESS": "a", "RAY_AUTH_TOKEN": "t"})
     assert "abc" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY_PATCH", "SECRETARY"])
+def test_names_that_only_hold_such_a_word_are_no_secrets(name: str) -> None:
+    assert parse_env([f"{name}=false"], {}) == {name: "false"}
 
 
 # the line
@@ -319,6 +354,28 @@ def test_a_plan_that_does_not_fit_is_not_sent(project: Path, server: dict[str, A
     assert result.exit_code == 1
     assert "supply   1 node(s) of 2 CPU\n" in result.stderr
     assert "5 training worker(s) x 1 CPU ask for 5 CPU, the cluster has 2; lower resources.num_workers" in result.stderr
+    assert "entrypoint" not in server
+
+
+@pytest.mark.parametrize(
+    ("arguments", "demand"),
+    [
+        (["evaluate", "/checkpoint"], "demand   evaluation actor  1 x (1 CPU) = 1 CPU\nsupply"),
+        (["check"], "supply"),
+    ],
+)
+def test_what_is_no_run_demands_only_what_it_uses(
+    project: Path, server: dict[str, Any], arguments: list[str], demand: str
+) -> None:
+    result = submit("--", *arguments, "resources.num_workers=5")
+    assert result.exit_code == 0, result.output
+    assert f"raylign is not shipped: the cluster must have it\n{demand}" in result.stderr
+
+
+def test_an_evaluation_that_does_not_fit_is_not_sent(project: Path, server: dict[str, Any]) -> None:
+    result = submit("--", "evaluate", "/checkpoint", "evaluate.num_actors=3")
+    assert result.exit_code == 1
+    assert "3 evaluation actor(s) x 1 CPU ask for 3 CPU, the cluster has 2" in result.stderr
     assert "entrypoint" not in server
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
@@ -13,15 +14,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import ServerDisconnectedError, WSServerHandshakeError
 from click.testing import CliRunner
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
-from launch import job_server
+from launch import job_log
 from launch.cli import main
-from launch.job_server import await_supply, connect, find_token, follow, normalise, outcome, submit_job
+from launch.job_log import follow, outcome
+from launch.job_server import await_supply, connect, find_token, list_supply, normalise, submit_job
 from raylign.errors import ResourceError, SubmitError
 
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0"})
+NODE = {
+    **{"node_id": "a", "node_ip": "10.0.0.1", "is_head_node": True, "state": "ALIVE", "state_message": None},
+    **{"node_name": "10.0.0.1", "resources_total": {"CPU": 2.0}, "labels": {}},
+}
+NODES = json.dumps(
+    {"result": True, "msg": "", "data": {"result": {"total": 1, "num_after_truncation": 1, "result": [NODE]}}}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +126,26 @@ def test_a_forbidden_token_names_the_switch(serve: Any, monkeypatch: pytest.Monk
         connect(serve(401).address)
 
 
+def test_nodes_are_asked_for_with_the_headers_of_a_proxy(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Proxy": "pass"}')
+    server = serve(200, NODES)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", server.address)
+    assert list_supply(server.address) == [{"CPU": 2.0}]
+    assert [headers["X-Proxy"] for headers in server.headers] == ["pass"]
+
+
+@pytest.mark.parametrize(("token", "found"), [("t", r"the token from RAY_AUTH_TOKEN"), ("", r"to answer without a")])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_does_not_list_nodes_is_told_with_the_cure(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, status: int, token: str, found: str
+) -> None:
+    server = serve(status)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", server.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    with pytest.raises(SubmitError, match=f"refuses {found}.*ray get-auth-token"):
+        list_supply(server.address)
+
+
 def test_tokens_are_looked_for_in_rays_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert find_token() is None
     (tmp_path / ".ray").mkdir()
@@ -163,36 +194,88 @@ def test_the_exit_code_and_the_reason_are_the_jobs(
 
 
 class Job:
-    """A job whose log comes in pieces, over connections that break."""
+    """A job whose log comes in pieces, over connections that are silent for some seconds (a number) or break."""
 
-    def __init__(self, *connections: list[str | Exception]) -> None:
+    def __init__(self, *connections: list[str | float | Exception], log: str = "") -> None:
         self.connections = list(connections)
+        self.log = log
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         for piece in self.connections.pop(0):
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            if isinstance(piece, str):
+                yield piece
+            else:
+                await asyncio.sleep(piece)
+
+    def get_job_logs(self, job: str) -> str:
+        return self.log
 
     def get_job_info(self, job: str) -> Any:
         status = JobStatus.RUNNING if self.connections else JobStatus.SUCCEEDED
         return SimpleNamespace(status=status, driver_exit_code=0, error_type=None, message=None)
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_server, "_POLL_S", 0)
+HANDSHAKE = WSServerHandshakeError(SimpleNamespace(real_url="ws://h"), (), status=502)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("closed"), OSError("gone"), ServerDisconnectedError(), HANDSHAKE])
+def test_a_broken_connection_is_taken_up_where_it_broke(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(job_log, "_POLL_S", 0)
     written: list[str] = []
-    job = Job(
-        ["one\n", "tw", RuntimeError("closed")], ["one\ntwo\n", RuntimeError("closed")], ["one\n", "two\nthree\n"]
-    )
+    absent: list[list[str | float | Exception]] = [[error]] * 20
+    job = Job(["one\n", "tw", error], *absent, ["one\ntwo\n", error], ["one\n", "two\nthree\n"])
     assert follow(job, "job", written.append).exit_code == 0  # type: ignore[arg-type]
     assert "".join(written) == "one\ntwo\nthree\n"
 
 
 def test_a_server_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_server, "_POLL_S", 0)
+    monkeypatch.setattr(job_log, "_POLL_S", 0.01)
+    monkeypatch.setattr(job_log, "_PATIENCE_S", 0.1)
     with pytest.raises(SubmitError, match="lost the connection to the job server: gone"):
-        follow(Job(*[[OSError("gone")]] * 10), "job", print)  # type: ignore[arg-type]
+        follow(Job(*[[OSError("gone")]] * 1000), "job", print)  # type: ignore[arg-type]
+
+
+def test_a_quiet_job_is_not_lost_when_its_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_log, "_POLL_S", 0)
+    monkeypatch.setattr(job_log, "_STATUS_S", 0.01)
+    monkeypatch.setattr(job_log, "_PATIENCE_S", 0.5)
+    job = Job(["one\n", 1.0, ServerDisconnectedError()], [])
+    assert follow(job, "job", print).exit_code == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(60)
+def test_a_job_that_ended_behind_a_dead_connection_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_log, "_STATUS_S", 0.01)
+    written: list[str] = []
+    job = Job(["one\n", "tw", 3600], log="one\ntwo\n")
+    assert follow(job, "job", written.append).exit_code == 0  # type: ignore[arg-type]
+    assert "".join(written) == "one\ntwo\n"
+
+
+@pytest.mark.timeout(60)
+def test_a_log_that_nobody_reads_ends_following() -> None:
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        follow(Job(*[["one\n"]] * 5), "job", closed)  # type: ignore[arg-type]
+
+
+class Locked(Job):
+    """A job whose server takes the token no longer."""
+
+    def get_job_info(self, job: str) -> Any:
+        raise AuthenticationError("no")
+
+    def get_address(self) -> str:
+        return "http://h:1"
+
+
+def test_a_token_that_is_no_longer_taken_ends_following() -> None:
+    with pytest.raises(SubmitError, match=r"http://h:1 refuses .*ray get-auth-token"):
+        follow(Locked(["one\n"]), "job", print)  # type: ignore[arg-type]
 
 
 class Agents:
