@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from raylign.config import RunConfig
 
 
+_LEVELS = ("prompt_safety", "cvar_level")  # of what is reported of costs, with a constraint or without
+
+
 def needs_cost(config: RunConfig) -> bool:
     """Whether a run prices responses: a constraint reads the costs, or a source of costs is named."""
     return config.constraint.kind != "none" or config.cost_model.source != "auto"
@@ -104,9 +107,12 @@ def add_idle_constraint(config: RunConfig, reads: Callable[[bool, str, Sequence[
     """Keys of the constraint, and of the confidence under it, that the method and its kind do not read."""
     kind, keys, method = config.constraint.kind, list(ConstraintSection.model_fields), config.train.method
     is_gradient, is_offline = method == "policy_gradient", method == "offline"
-    believes = is_offline and config.train.objective == "label_confidence"
+    is_read = is_gradient or (is_offline and config.train.objective == "label_confidence")
+    has_costs = config.cost_model.source != "auto" or (is_read and kind != "none")
+    reads(has_costs, "constraint", _LEVELS, "set constraint.kind=rectified or cost_model.source=labels")
+    keys = [key for key in keys if key not in _LEVELS]
     cure = "set train.objective=label_confidence or " if is_offline else ""
-    reads(is_gradient or believes, "constraint", keys, f"{cure}set train.method=policy_gradient")
+    reads(is_read, "constraint", keys, f"{cure}set train.method=policy_gradient")
     reads(kind != "none", "constraint", keys[1:], "set constraint.kind=rectified")
     reads(is_offline, "constraint", ["labels"], "set train.method=offline")
     moves = [key for key in keys if key.startswith("multiplier_")]
@@ -136,4 +142,5 @@ def add_idle_cost_model(config: RunConfig, reads: Callable[[bool, str, Sequence[
     fitted = [key for key in keys[1:] if key not in ("model", "label", "batch_tokens", *FINE_TUNED_KEYS)]
     reads(source in ("labels", "fine_tuned"), "cost_model", fitted, "set cost_model.source=labels")
     has_steps = config.cost_model.epochs > 0 or source == "fine_tuned"  # which refuses to have none
-    reads(has_steps, "cost_model", ["batch_size", "learning_rate"], "set cost_model.epochs above 0")
+    steps = ["batch_size", "learning_rate", "weight_decay", "regularization"]
+    reads(has_steps, "cost_model", steps, "set cost_model.epochs above 0")

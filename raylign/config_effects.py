@@ -255,9 +255,9 @@ def _add_idle_reward(config: RunConfig, reads: Callable[[bool, str, Sequence[str
     is_standardized = kind in ("ensemble", "lora_ensemble") or (is_many and kind in TOKEN_REWARDS)
     reads(is_standardized, "reward", ["standardize"], "set reward.kind=ensemble")
     reads(kind != "external", "reward", ["folds"], f"{another} external")
-    probe_steps = ["epochs", "weight_decay", "bce_weight", "margin_target", "train_probes"]
-    reads(has_probes, "reward", [*probe_steps, "batch_size", "learning_rate"], f"{another} {kind}")
-    reads(config.reward.epochs > 0, "reward", ["batch_size", "learning_rate"], "set reward.epochs above 0")
+    probe_steps = ["batch_size", "learning_rate", "weight_decay", "bce_weight", "margin_target", "train_probes"]
+    reads(has_probes, "reward", ["epochs", *probe_steps], f"{another} {kind}")
+    reads(config.reward.epochs > 0, "reward", probe_steps, "set reward.epochs above 0")  # else the start is all
     reads(kind not in TEXT_REWARDS, "reward", ["ridge"], f"{another} {kind}")
     reads(kind == "laplace", "reward", ["prior_precision"], "set reward.kind=laplace")
     reads(kind == "brme", "brme", list(BrmeSection.model_fields), "set reward.kind=brme")

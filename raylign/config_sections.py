@@ -336,7 +336,7 @@ class EvaluateSection(Section):
     constraint_samples: int = Field(
         0, ge=0, description="answers sampled per prompt from the final policy and priced by the cost model; 0 is none"
     )
-    bootstrap_samples: int = Field(1000, ge=100, description="resamples behind every interval")
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples behind intervals of means")
 
 
 class ResourcesSection(Section):

@@ -128,6 +128,34 @@ def test_idle_keys_exist_and_are_not_printed():
     assert "train.label_smoothing" in idle
 
 
+@pytest.mark.parametrize("key", ["batch_size", "learning_rate", "weight_decay", "bce_weight", "margin_target"])
+def test_probes_without_an_epoch_read_no_steps(key):
+    with pytest.raises(ConfigError, match=rf"reward\.{key} is set but has no effect.*reward\.epochs above 0"):
+        load_config(None, ["reward.epochs=0", f"reward.{key}=1"])
+    with pytest.raises(ConfigError, match=r"reward\.train_probes is set but has no effect"):
+        load_config(None, ["reward.epochs=0", "reward.train_probes=false"])
+
+
+@pytest.mark.parametrize("key", ["batch_size=8", "learning_rate=0.1", "weight_decay=0.1", "regularization=0.1"])
+def test_cost_heads_without_an_epoch_read_no_steps(key):
+    with pytest.raises(ConfigError, match=r"is set but has no effect.*cost_model\.epochs above 0"):
+        load_config(None, ["cost_model.source=labels", "cost_model.epochs=0", f"cost_model.{key}"])
+    assert load_config(None, ["cost_model.source=fine_tuned", "cost_model.regularization=0.1"])
+
+
+@pytest.mark.parametrize("method", ["train.objective=dpo", "train.method=online_dpo", "train.method=policy_gradient"])
+def test_what_is_reported_of_costs_needs_costs_and_no_constraint(tmp_path, method):
+    levels = ["constraint.prompt_safety=0.5", "constraint.cvar_level=0.2"]
+    for level in levels:
+        with pytest.raises(ConfigError, match=r"is set but has no effect.*cost_model\.source=labels"):
+            load_config(None, [method, level])
+    config = load_config(None, [method, "cost_model.source=labels", *levels])
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "run.yaml").constraint == config.constraint
+    with pytest.raises(ConfigError, match=r"constraint\.multiplier is set but has no effect"):
+        load_config(None, [method, "cost_model.source=labels", "constraint.multiplier=2"])
+
+
 def test_config_is_frozen_and_picklable():
     config = load_config(None, ["train.beta=0.4"])
     with pytest.raises(Exception, match="frozen"):

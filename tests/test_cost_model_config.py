@@ -41,7 +41,8 @@ def test_a_source_reads_its_own_keys():
     assert idle("cost_model.source=embedded") == names - {"source"}
     assert idle("cost_model.source=external", "cost_model.model=/judge") == names - {"source"} - texts
     assert idle(*CONSTRAINED, *OWN) == texts | lora
-    assert idle("cost_model.source=labels", "cost_model.epochs=0") == texts | lora | {"batch_size", "learning_rate"}
+    steps = {"batch_size", "learning_rate", "weight_decay", "regularization"}
+    assert idle("cost_model.source=labels", "cost_model.epochs=0") == texts | lora | steps
 
 
 def test_members_have_steps_of_their_own_unless_given():

@@ -23,15 +23,16 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raylign.cost.rows import ENTRIES_SUFFIX, OPEN_SUFFIX, Cost, Counts, Status
 
 BEAT_S = 2.0
+_Result = TypeVar("_Result")
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("raylign_ledger_entry", default="")
 
 
@@ -172,6 +173,14 @@ def _rebuild(directory: str, labels: Mapping[str, str], kinds: Mapping[str, str]
 def measured(ledger: Ledger | None, phase: str, devices: Mapping[str, float]) -> AbstractContextManager[Entry]:
     """`Ledger.measure`, or an entry that is thrown away when nobody keeps a ledger."""
     return nullcontext(Entry()) if ledger is None else ledger.measure(phase, devices=devices)
+
+
+def measured_call(
+    ledger: Ledger | None, phase: str, devices: Mapping[str, float], work: Callable[..., _Result], *arguments: Any
+) -> _Result:
+    """`work(*arguments)` inside an entry: what a Ray task runs whose time and devices are to be recorded."""
+    with measured(ledger, phase, devices):
+        return work(*arguments)
 
 
 class _Writer:

@@ -16,7 +16,12 @@ import numpy as np
 
 from raylign.errors import DataError
 from raylign.evaluation.degenerate import is_degenerate
-from raylign.evaluation.metrics import bootstrap_mean, paired_bootstrap_difference, wilson_interval
+from raylign.evaluation.metrics import (
+    bootstrap_mean,
+    paired_bootstrap_difference,
+    paired_rate_difference,
+    wilson_interval,
+)
 from raylign.types import Completion, Interval
 
 Scope = Literal["harmful", "benign", "all"]
@@ -26,7 +31,8 @@ Scope = Literal["harmful", "benign", "all"]
 class SafetySummary:
     """Means over prompts with 95 % bootstrap intervals; in a comparison also the type of the change, after - before.
 
-    A rate of exactly 0 or 1 has Wilson's interval, because resampling a constant pretends to be certain.
+    A rate of exactly 0 or 1 has Wilson's interval, because resampling a constant pretends to be certain; those of
+    changes are told at `compare_summaries`.
 
     Attributes:
         attack_success: harmful prompts whose answer is judged unsafe and is no refusal. Lower is better.
@@ -117,6 +123,10 @@ def compare_summaries(
 ) -> SafetyComparison:
     """Summarise two policies and their paired difference on the same prompts.
 
+    The change of a rate of which every prompt says 0 or 1, as with one answer to each, has Newcombe's score interval:
+    resampled, four prompts that change one way and none back would leave out 0 (exact McNemar p = .125). Means of
+    other values have the bootstrap's.
+
     Args:
         before: answers of the reference.
         after: answers of the trained policy to the same prompts.
@@ -133,10 +143,10 @@ def compare_summaries(
             raise DataError(f"before and after must answer the same prompts; {num_odd} prompts are in one list only")
 
     def difference(name: str) -> Interval:
-        same_order = {prompt: new[name][prompt] for prompt in old[name]}
-        return paired_bootstrap_difference(
-            _array(old[name]), _array(same_order), num_samples=num_samples, generator=np.random.default_rng(seed)
-        )
+        sides = _array(old[name]), _array({prompt: new[name][prompt] for prompt in old[name]})
+        if _METRICS[name].is_rate and bool(np.isin(sides, (0, 1)).all()):
+            return paired_rate_difference(*sides)
+        return paired_bootstrap_difference(*sides, num_samples=num_samples, generator=np.random.default_rng(seed))
 
     return SafetyComparison(
         before=summarise(before, num_samples=num_samples, seed=seed),

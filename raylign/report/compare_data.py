@@ -73,6 +73,7 @@ class ComparisonResult:
         target: violation rate whose cost is looked up.
         projections: model sizes that FLOPs are projected to.
         projection_settings: of the refresh that is projected.
+        sampling: how the judged answers were sampled, one sentence.
         prices: per device-hour by kind, None when none are given.
         currency: of the prices.
         samples: how several answers to every prompt were sampled, None when they were not.
@@ -87,6 +88,7 @@ class ComparisonResult:
     target: float
     projections: tuple[str, ...]
     projection_settings: ProjectionSettings
+    sampling: str
     prices: Mapping[str, float] | None = None
     currency: str = ""
     samples: SampledSettings | None = None

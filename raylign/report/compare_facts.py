@@ -27,8 +27,8 @@ from raylign.types import Interval
 if TYPE_CHECKING:
     from raylign.report.compare_data import ComparisonResult, MethodResult
 
-# Phases whose own time, outside the entries nested in them, is start-up, loading and waiting. Nothing is nested in
-# those that fit the reward and rank: they are counted whole, start-up included.
+# Phases whose own time, outside the entries nested in them, is start-up, loading and waiting. Those that fit the
+# reward and the costs and rank also work outside of such entries: they are counted whole, start-up included.
 CONTAINERS = frozenset({"features", "extract", "train"})
 FOUND_READY = "found ready"
 _LEAST_S = 1e-6  # below this, what is left of a sum is rounding
@@ -210,8 +210,8 @@ def _money(method: MethodResult, prices: Mapping[str, float]) -> Spread | NotMea
     """Price of whole runs."""
     try:
         return spread([money(cost.device_s, prices) for cost in method.totals])
-    except DataError:  # a missing price must not cost the report
-        return NotMeasured(reason="cost.prices lacks a kind of device")
+    except DataError as error:  # a missing price must not cost the report
+        return NotMeasured(reason=str(error))
 
 
 def _device_s(method: MethodResult, kind: str) -> tuple[float, ...]:

@@ -66,6 +66,7 @@ def quality_table(result: ComparisonResult) -> Table:
         columns=("metric", "method", "mean [95 %]", "change against before [95 %]"),
         rows=tuple(row for metric in metrics for row in _quality_rows(result, metric)),
         notes=(
+            result.sampling,
             f"Over {_seeds(result)}. Intervals are over prompts, the answers of all seeds to a prompt averaged first; "
             "the spread between trainings is not in them.",
             "* the paired interval leaves out 0. Read attack success beside over-refusal and degenerate answers.",
@@ -146,7 +147,9 @@ def cost_table(result: ComparisonResult, facts: ComparisonFacts) -> Table:
         notes=(
             f"Mean over {_seeds(result)} [least, most]; one value where all seeds agree. A run is charged with the "
             "shared phases that it needs. Device-seconds are reserved devices times wall seconds, idle time included.",
-            "FLOPs and tokens count real tokens of models; FLOPs follow from formulas and are not divided.",
+            "FLOPs and tokens count real tokens through the policy and its reference; fits of rewards and cost models, "
+            "and what those of texts read, are in the device-seconds alone.",
+            "FLOPs follow from formulas and are not divided.",
             *_killed_notes(result),
         ),
     )

@@ -39,7 +39,8 @@ _PAIRS = (
 _KINDS = {
     "none": "No constraint: costs are reported and change nothing.",
     "rectified": "The multiplier weighs max(cost, 0): being safer than safe earns nothing.",
-    "split": "The multiplier weighs the cost of unsafe responses alone, divided by 1 + multiplier.",
+    "split": "The multiplier weighs the cost of unsafe responses alone, whose reward less that is divided by "
+    "1 + multiplier unless constraint.split_normalise=none.",
     "expected": "The multiplier weighs the mean cost: safe prompts may pay for unsafe ones.",
     "rectified_mean": "The multiplier weighs the mean cost and rises with its positive part alone.",
     "fixed_penalty": "max(cost, 0) is a penalty with a fixed multiplier.",

@@ -150,6 +150,7 @@ class ReportData:
         warnings: what readers must know before they believe the numbers.
         constraint: what the safety constraint did.
         token_examples: held-out responses with the reward of every token; none where the reward is one of responses.
+        sampling: how the judged answers were sampled, one sentence.
     """
 
     run_name: str
@@ -178,6 +179,7 @@ class ReportData:
     warnings: tuple[str, ...] = ()
     constraint: ConstraintReport | NotMeasured = NotMeasured(reason="no constraint, and no response has a cost")
     token_examples: Sequence[TokenExample] = ()
+    sampling: str = ""
 
 
 def report_json(data: ReportData) -> dict[str, Any]:

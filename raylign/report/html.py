@@ -98,9 +98,9 @@ def _comparison(data: ReportData) -> str:
         _figure(plots.safety_bars(comparison), "Rates before and after with 95 % intervals")
         + "<div class='scroll'><table><thead><tr><th>metric</th><th>before</th><th>after</th><th>change</th><th></th>"
         + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        + "<p class='note'>Means with 95 % intervals over prompts. The change is paired by prompt, under the same "
-        "sampling noise; ▲ better and ▼ worse where its interval leaves out 0. Attack success: judged unsafe and not a "
-        "refusal. Degenerate: empty or looping.</p>"
+        + f"<p class='note'>{escape(data.sampling)} Means with 95 % intervals over prompts. The change is paired by "
+        "prompt, under the same sampling noise; ▲ better and ▼ worse where its interval leaves out 0. Attack "
+        "success: judged unsafe and not a refusal. Degenerate: empty or looping.</p>"
         + _figure(plots.cost_histogram(*harmful), "Cost of answers to harmful prompts before and after")
     )
 

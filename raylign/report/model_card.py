@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 
 from raylign.config import EMBEDDED
@@ -27,10 +29,10 @@ def render_model_card(data: ReportData) -> str:
         "\n".join(f"* {reason}" for reason in verdict.reasons),
         "## Safety, before and after",
         _metrics_table(data),
-        f"Judge: {_code(shown_name(data.judge_name, 'judge'))}; it ranks human-labelled unsafe answers above safe "
-        f"ones with AUROC {format_number(data.judge.auroc, 'logit')}. Refusals are found by rules, "
+        f"{data.sampling} Judge: {_code(shown_name(data.judge_name, 'judge'))}; it ranks human-labelled unsafe answers "
+        f"above safe ones with AUROC {format_number(data.judge.auroc, 'logit')}. Refusals are found by rules, "
         f"{format_number(data.refusal_detector.accuracy, 'share')} accurate on held-out human labels. "
-        "Intervals are 95 % bootstrap intervals over prompts; the change is paired by prompt.",
+        "Intervals are 95 % intervals over prompts; the change is paired by prompt.",
         "## Reward and drift",
         _reward_and_drift(data),
         "## Intended use",
@@ -66,7 +68,8 @@ def _front_matter(data: ReportData) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name != EMBEDDED and name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    is_local = name == EMBEDDED or name.startswith(("/", ".", "~")) or Path(name).is_dir()
+    return not is_local and name.count("/") == 1
 
 
 def _metrics_table(data: ReportData) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from raylign.evaluation.safety import compare_summaries, summarise
 from raylign.models.loading import model_fingerprint, resolve_model
 from raylign.report.compare_data import ComparisonResult, MethodResult, Point
 from raylign.report.sampled_data import SampledMeasures
+from raylign.report.wording import sampling_sentence
 from raylign.runtime.check import check_packages
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import (
@@ -78,7 +80,9 @@ def compare(comparison: Comparison) -> ComparisonResult:
             phases.train(features, features_digest, reward)
         trained[trial] = phases.run
     answers = {
-        seed: _evaluate(shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, reward)
+        seed: _evaluate(
+            shared, comparison, seed, {t: r for t, r in trained.items() if t.seed == seed}, reward, reward_key
+        )
         for seed in comparison.compare.seeds
     }
     samples: dict[int, Path] = {}
@@ -159,6 +163,7 @@ def _evaluate(
     seed: int,
     trained: Mapping[Trial, Run],
     reward: Path,
+    reward_key: str,
 ) -> dict[str, tuple[Completion, ...]]:
     """Judged answers of one seed, by "before" and "<method>@<step>": one pool of actors, one set of prompts."""
     models: dict[str, str | Path] = {BEFORE: shared.model}
@@ -171,6 +176,8 @@ def _evaluate(
         "models": {name: model_fingerprint(model) for name, model in models.items()},
         "evaluate": config.model_dump(exclude={*FREE_KEYS, *DRIFT_KEYS}),
         **evaluation_inputs(config),
+        "reward": reward_key,
+        "robust": comparison.base.robust.model_dump(),  # with it the best of several answers is chosen
         "seed": seed,
     }
 
@@ -197,10 +204,11 @@ def _last_policies(model: str, trained: Mapping[Trial, Run]) -> dict[str, str | 
 
 
 def prompt_safety(comparison: Comparison) -> float:
-    """Share of safe answers that makes a prompt safe: the strictest of the methods that have a constraint."""
-    constraints = [trial.config.constraint for trial in comparison.trials]
-    found = [constraint.prompt_safety for constraint in constraints if constraint.kind != "none"]
-    return max(found, default=comparison.base.constraint.prompt_safety)
+    """Share of safe answers that makes a prompt safe: the strictest of the methods with a constraint, or with costs."""
+    found = [trial.config.constraint for trial in comparison.trials if needs_cost(trial.config)]
+    constraints = [constraint for constraint in found if constraint.kind != "none"] or found
+    default = comparison.base.constraint.prompt_safety
+    return max((constraint.prompt_safety for constraint in constraints), default=default)
 
 
 def _evaluation(seed: int) -> str:
@@ -272,6 +280,11 @@ def _collect(
         target=comparison.compare.target,
         projections=tuple(comparison.compare.projections),
         projection_settings=PROJECTED,
+        sampling=sampling_sentence(
+            temperature=comparison.base.evaluate.temperature,
+            max_new_tokens=comparison.base.evaluate.max_new_tokens,
+            best_of=comparison.base.evaluate.best_of,
+        ),
         prices=comparison.base.cost.prices,
         currency=comparison.base.cost.currency,
         samples=sampled_settings(comparison.base, prompt_safety=prompt_safety(comparison), before=sampled[BEFORE])
@@ -300,18 +313,31 @@ def shared_phases(config: RunConfig) -> frozenset[str]:
 
 
 def device_seconds_until(rows: Sequence[LedgerRow], moment: float) -> dict[str, float]:
-    """Reserved device-seconds by kind up to a moment (seconds since 1970), from the outermost entries of a ledger."""
-    spent: dict[str, float] = {}
+    """Reserved device-seconds by kind up to a moment (seconds since 1970).
+
+    An entry counts as reserved what it holds or what those nested in it hold together, whichever is more.
+    """
+    nested: dict[str, list[LedgerRow]] = {}
     for row in rows:
-        if row.parent:
-            continue
+        nested.setdefault(row.parent, []).append(row)
+
+    def reserved(row: LedgerRow) -> dict[str, float]:
         wall_s = min(row.wall_s, max(0.0, moment - row.started_at))
-        for kind, count in row.devices.items():
-            spent[kind] = spent.get(kind, 0.0) + count * wall_s
-        if row.reused is not None:
-            for kind, seconds in row.reused.device_s.items():
-                spent[kind] = spent.get(kind, 0.0) + seconds
-    return spent
+        own = {kind: count * wall_s for kind, count in row.devices.items()}
+        below = _added(reserved(other) for other in nested.get(row.id, []))
+        held = {kind: max(own.get(kind, 0.0), below.get(kind, 0.0)) for kind in {**own, **below}}
+        return _added([held] if row.reused is None else [held, row.reused.device_s])
+
+    return _added(reserved(row) for row in nested.get("", []))
+
+
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by kind."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for kind, seconds in part.items():
+            total[kind] = total.get(kind, 0.0) + seconds
+    return total
 
 
 def flops_until(rows: Sequence[LedgerRow], moment: float) -> int:
@@ -327,4 +353,10 @@ def flops_until(rows: Sequence[LedgerRow], moment: float) -> int:
 def _written_at(trials: Sequence[Trial], trained: Mapping[Trial, Run], step: int) -> list[float]:
     """When the checkpoint of each trial was finished, seconds since 1970."""
     directories = (checkpoints(trained[trial].directory / "train")[step] for trial in trials)
-    return [(directory / _CHECKPOINT_STATE).stat().st_mtime for directory in directories]
+    return [_finished_at(directory / _CHECKPOINT_STATE) for directory in directories]
+
+
+def _finished_at(state: Path) -> float:
+    """What the state of a checkpoint says, for one from before it did the time of the file, which a copy may lose."""
+    found = json.loads(state.read_text(encoding="utf-8")).get("finished_at")
+    return state.stat().st_mtime if found is None else float(found)

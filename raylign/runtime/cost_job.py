@@ -22,11 +22,12 @@ import torch
 from raylign.assets import TINY_COST, asset_path
 from raylign.config import CostModelSection, RunConfig, cost_source
 from raylign.config_cost_model import FINE_TUNED_KEYS
-from raylign.errors import DataError
+from raylign.cost.ledger import measured_call
+from raylign.errors import DataError, ResourceError
 from raylign.evaluation.cost_quality import CostQuality, check_cost_sign, cost_quality
 from raylign.evaluation.judges import resolve_judge, sign_rows
 from raylign.evaluation.refusal import load_refusal_labels
-from raylign.models.loading import model_fingerprint
+from raylign.models.loading import model_fingerprint, tokenizer_fingerprint
 from raylign.rewards.cross_fit import cross_fit
 from raylign.rewards.fit import member_weights
 from raylign.rewards.fit_cost import CostRows, fit_cost
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     import ray.data
 
 LOG = logging.getLogger(__name__)
+_TIMEOUT_S = 1800.0  # for the known answers
 
 
 def run_cost(
@@ -72,6 +74,8 @@ def run_cost(
     Raises:
         DataError: no pair, or no split, with verdicts to fit to.
         ModelError: a flipped sign, or a model that cannot be used.
+        ResourceError: no resources for the known answers within half an hour.
+        TrainingError: a member that cannot be fitted, or that took too long.
     """
     source = cost_source(config)
     started = time.monotonic()
@@ -187,11 +191,24 @@ def known_answers(
 
     They are the answers that ship with raylign (XSTest) and belong to no run, so that a flip that runs through all
     verdicts of a run is seen too.
+
+    Raises:
+        ResourceError: no resources within half an hour.
+        ModelError: a cost model that cannot be used.
     """
-    price = ray.remote(price_texts).options(num_cpus=options.num_cpus, num_gpus=options.num_gpus)
+    price = ray.remote(measured_call).options(num_cpus=options.num_cpus, num_gpus=options.num_gpus)
     rows = sign_rows(load_refusal_labels())
-    with own_errors():
-        costs = ray.get(price.remote(model_path, str(directory), rows, cost_model, options))
+    arguments = (model_path, str(directory), rows, cost_model, options)
+    reference = price.remote(options.ledger, "known_answers", options.devices, price_texts, *arguments)
+    try:
+        with own_errors():
+            costs = ray.get(reference, timeout=_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(reference, force=True)
+        raise ResourceError(
+            f"{len(rows)} known answers were not priced within {_TIMEOUT_S:g} s: another job may hold the CPUs or GPUs "
+            "that one actor asks for (features.cpus_per_actor, features.gpus_per_actor)"
+        ) from error
     return cost_quality(costs, [row.label == "full_compliance" for row in rows])
 
 
@@ -254,13 +271,14 @@ def judge_overlap(config: RunConfig) -> str | None:
 def cost_key(config: RunConfig, *, model_path: str, features_digest: str) -> Mapping[str, Any]:
     """What the cost phase is made of."""
     is_external = cost_source(config) == "external"
+    external = resolve_cost_model(config.cost_model) if is_external else None
     # phases from before there were members keep their keys
     unread = () if cost_source(config) == "fine_tuned" else FINE_TUNED_KEYS
     return {
         "features": features_digest,
         "source": cost_source(config),
         "cost_model": config.cost_model.model_dump(exclude={"source", "model", "batch_tokens", *unread}),
-        "external": model_fingerprint(resolve_cost_model(config.cost_model)) if is_external else None,
+        "external": None if external is None else [model_fingerprint(external), tokenizer_fingerprint(external)],
         "judge": judge_overlap(config),
         "head": model_fingerprint(asset_path(TINY_COST)) if cost_source(config) == "embedded" else None,
         "policy": model_fingerprint(model_path),

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from raylign.config import CostModelSection, PolicySection, RunConfig
+from raylign.cost.ledger import measured_call
 from raylign.errors import DataError
 from raylign.models.classifiers import add_members, load_classifier, load_members, neutral_pad_id, save_member
 from raylign.models.loading import load_tokenizer, resolve_layout
@@ -28,12 +29,12 @@ from raylign.rewards.cross_fit import checked_folds, grouped_folds
 from raylign.rewards.fit import member_weights
 from raylign.rewards.fit_cost import PairVerdicts, check_verdicts, cost_losses
 from raylign.runtime.evaluators import ActorOptions
-from raylign.runtime.execution import own_errors
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.fitted_cost import FittedCost
 from raylign.runtime.fitted_reward import FULL
 from raylign.runtime.pair_states import VERDICT_COLUMNS, has_verdict
 from raylign.runtime.phases import write_json
+from raylign.runtime.text_reward_job import DEFAULT_TIMEOUT_S, wait_for_members
 from raylign.runtime.text_rewards import on_device, weights_dtype
 from raylign.training.cost_model import CostObjective
 from raylign.training.reward_model import MemberTraining, train_members
@@ -41,8 +42,6 @@ from raylign.types import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
     import ray.data
-
-_DAY_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +104,7 @@ def fit_cost_members(
     model: str,
     directory: Path,
     options: ActorOptions,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> FittedCost:
     """Fine-tune members on the verdicts of the training pairs, without each fold and on all.
 
@@ -118,6 +118,7 @@ def fit_cost_members(
         model: its fingerprint.
         directory: of the phase, on storage that every node sees.
         options: a member is fitted with the CPUs and GPUs of one of these actors.
+        timeout_s: longest wait for the next member to finish.
 
     Returns:
         What prices responses; the members lie in the directory.
@@ -126,7 +127,7 @@ def fit_cost_members(
         DataError: no training or validation pair with a verdict, verdicts that are all alike, or too few prompts for
             the folds.
         ModelError: the policy cannot become a classifier.
-        TrainingError: a loss that is not finite.
+        TrainingError: a loss that is not finite, or a member that took too long.
     """
     import ray
 
@@ -152,15 +153,15 @@ def fit_cost_members(
         for member in range(settings.num_heads)
     ]
     shared = ray.put((train, valid))
-    fit = ray.remote(fit_member).options(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_retries=0)
-    pending = [fit.remote(shared, task) for task in tasks if not task.facts_file.exists()]
-    try:
-        with own_errors():
-            ray.get(pending, timeout=_DAY_S * max(1, len(pending)))
-    except BaseException:
-        for reference in pending:
-            ray.cancel(reference, force=True)
-        raise
+    fit = ray.remote(measured_call).options(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_retries=0)
+    wait_for_members(
+        [
+            fit.remote(options.ledger, "fit_cost", options.devices, fit_member, shared, task)
+            for task in tasks
+            if not task.facts_file.exists()
+        ],
+        timeout_s,
+    )
     return FittedCost(
         source="fine_tuned",
         members=tuple(task.name for task in tasks if task.fold == FULL),

@@ -76,7 +76,8 @@ def phase_devices(plan: ResourcePlan, cluster: Resources, *, driver_cpus: int) -
     """Devices that each phase keeps others from using, by kind ("cpu", "gpu").
 
     The tasks of ingest, cost and rank take whatever CPUs are free, so these phases are charged with all of the
-    cluster's: an upper bound. Feature actors come with the CPU that reads and writes for them.
+    cluster's: an upper bound. Feature actors come with the CPU that reads and writes for them. Tasks that fit members,
+    and actors that score and price texts, have entries of their own inside reward and cost.
 
     Args:
         plan: of the run.
@@ -88,7 +89,7 @@ def phase_devices(plan: ResourcePlan, cluster: Resources, *, driver_cpus: int) -
         "ingest": tasks,
         "features": _held(plan.features) | {"cpu": plan.features.total("CPU") + plan.features.spare_cpus},
         "reward": {"cpu": float(driver_cpus)},
-        "cost": _held(plan.evaluation) | tasks,
+        "cost": tasks,
         "rank": tasks,
         "train": plan.training_devices,
         "evaluate": _held(plan.evaluation),

@@ -39,7 +39,7 @@ class ActorOptions:
         trust_remote_code: run code shipped inside model directories.
         adapter: `policy.adapter` and
         parallel: `train.parallel` of the training, which decide the number types of rewards.
-        ledger: what answering and judging cost is recorded here, None not at all.
+        ledger: what actors and tasks of this size cost is recorded here, None not at all.
     """
 
     num_actors: int = 1
@@ -55,6 +55,11 @@ class ActorOptions:
     def devices(self) -> dict[str, float]:
         """Of one actor, by kind."""
         return {kind: amount for kind, amount in (("cpu", self.num_cpus), ("gpu", self.num_gpus)) if amount}
+
+    @property
+    def pool_devices(self) -> dict[str, float]:
+        """Of all actors and of the CPU that reads and writes for them, by kind."""
+        return {kind: self.num_actors * amount + (kind == "cpu") for kind, amount in self.devices.items()}
 
     @property
     def policy(self) -> PolicySection:

@@ -14,6 +14,7 @@ import ray
 import torch
 
 from raylign.config import CostModelSection, RunConfig
+from raylign.cost.ledger import measured
 from raylign.errors import DataError
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import predict
@@ -60,6 +61,7 @@ def price_pairs(
     """
     priced = directory / PRICED_DIR
     shutil.rmtree(priced, ignore_errors=True)
+    ledger = options.ledger if fitted.full is None else None  # heads take free CPUs, with which the phase is charged
     if fitted.full is not None:
         shared = ray.put((fitted, fitted.positions(layers)))
         parts = {
@@ -80,7 +82,7 @@ def price_pairs(
             for fold in (FULL, *range(fitted.num_folds))
         }
     for name, costs in parts.items():
-        with execution(costs):
+        with measured(ledger, "price_pairs", options.pool_devices), execution(costs):
             costs.write_parquet(str(priced / name))
 
 

@@ -42,7 +42,7 @@ from raylign.report.data import (
 from raylign.report.html import render_html
 from raylign.report.model_card import render_model_card
 from raylign.report.sampled_data import SampledRun
-from raylign.report.wording import comparison_table
+from raylign.report.wording import comparison_table, sampling_sentence
 from raylign.runtime.check import method_name
 from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluate_job import COMPLETIONS_FILE, DRIFT_FILE, load_completions
@@ -97,7 +97,7 @@ def write_report(
     write_json(run.directory / "report.json", content)
     (checkpoint / "README.md").write_text(render_model_card(data), encoding="utf-8")
     record_summary(config, run.directory, _flat(content["comparison"]["after"]))
-    return WrittenReport(html=html, data=data, table=comparison_table(data.comparison))
+    return WrittenReport(html=html, data=data, table=comparison_table(data.comparison, data.sampling))
 
 
 def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tuple[int, ...]) -> ReportData:
@@ -153,6 +153,11 @@ def collect(config: RunConfig, run: Run, *, facts: Mapping[str, Any], layers: tu
             sampled=sampled_run(config, run.directory),
         ),
         token_examples=read_token_examples(run.directory),
+        sampling=sampling_sentence(
+            temperature=config.evaluate.temperature,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            best_of=config.evaluate.best_of,
+        ),
     )
 
 

@@ -189,7 +189,7 @@ class Phases:
             pairs = read_features(features)
             fitted: RewardFacts
             if config.reward.kind in TEXT_REWARDS:
-                options = replace(actor_options(config), num_actors=config.features.num_actors)
+                options = replace(actor_options(config), num_actors=config.features.num_actors, ledger=self.ledger)
                 fitted = fit_text_reward(
                     pairs, config=config, model_path=self.model, directory=directory, options=options
                 )
@@ -215,7 +215,7 @@ class Phases:
                 layers=self.layers,
                 model_path=self.model,
                 directory=directory,
-                options=replace(actor_options(config), num_actors=config.features.num_actors),
+                options=replace(actor_options(config), num_actors=config.features.num_actors, ledger=self.ledger),
             )
 
         directory, facts = self.run.phase("cost", key, work)

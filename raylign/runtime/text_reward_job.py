@@ -26,6 +26,7 @@ from raylign.config import (
     RewardSection,
     TokenRewardSection,
 )
+from raylign.cost.ledger import Ledger, measured_call
 from raylign.errors import DataError, TrainingError
 from raylign.models.classifiers import (
     HEAD,
@@ -114,6 +115,7 @@ def fit_members(
     num_cpus: float = 1,
     num_gpus: float = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    ledger: Ledger | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the members of a reward of texts from the policy, and merge those of reward.kind=warm.
 
@@ -137,6 +139,7 @@ def fit_members(
         num_cpus: of one task.
         num_gpus: of one task.
         timeout_s: longest wait for the next member to finish.
+        ledger: what the tasks cost is recorded here, None not at all.
 
     Returns:
         What `text_reward.json` says: names, validation accuracy and final training loss of each member, scale and
@@ -169,15 +172,14 @@ def fit_members(
     is_joint = reward_model.diversity_weight > 0
     groups = [list(range(reward.num_heads))] if is_joint else [[member] for member in range(reward.num_heads)]
     shared = ray.put((train, valid))
-    resources = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": 0}
-    remote_fit = ray.remote(fit_group).options(**resources)
-    fitted = _collect([remote_fit.remote(shared, task, group) for group in groups], timeout_s)
+    run = ray.remote(measured_call).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0)
+    entry = (ledger, "fit_reward", {"cpu": num_cpus, **({"gpu": num_gpus} if num_gpus else {})})
+    fitted = wait_for_members([run.remote(*entry, fit_group, shared, task, group) for group in groups], timeout_s)
     records = [record for group_records in fitted for record in group_records]
     rewards_nM = torch.stack([record.pop("valid_rewards").flatten() for record in records], dim=1)
     if reward.kind == "warm":
         hashes = [record["start_hash"] for record in records]
-        remote_merge = ray.remote(_merge).options(**resources)
-        [merged_valid] = _collect([remote_merge.remote(shared, task, hashes)], timeout_s)
+        [merged_valid] = wait_for_members([run.remote(*entry, _merge, shared, task, hashes)], timeout_s)
         quality = {"merged_valid_accuracy": accuracy(merged_valid)}
     else:
         quality = {}
@@ -223,8 +225,17 @@ def _read_pairs(
     return found["train"].slice(0, reward.max_pairs), found["valid"].slice(0, reward.max_pairs)
 
 
-def _collect(references: Sequence[Any], timeout_s: float) -> list[Any]:
-    """Results of tasks in their order; the others are cancelled when one fails or none finishes in time."""
+def wait_for_members(references: Sequence[Any], timeout_s: float) -> list[Any]:
+    """Results of tasks in their order; the others are cancelled when one fails or none finishes in time.
+
+    Args:
+        references: of tasks that fit members.
+        timeout_s: longest wait for the next one to finish.
+
+    Raises:
+        TrainingError: none finished in time.
+        RaylignError: what a task raised.
+    """
     import ray
 
     pending = list(references)
@@ -233,8 +244,9 @@ def _collect(references: Sequence[Any], timeout_s: float) -> list[Any]:
             done, pending = ray.wait(pending, num_returns=1, timeout=timeout_s)
             if not done:
                 raise TrainingError(
-                    f"no member of the reward model finished within {timeout_s:g} s, {len(pending)} are left: has the "
-                    "cluster the CPUs or GPUs that one asks for, or does the fit need longer?"
+                    f"no member finished within {timeout_s:g} s, {len(pending)} are left: has the cluster the CPUs or "
+                    "GPUs that one asks for (features.cpus_per_actor, features.gpus_per_actor), or does the fit need "
+                    "longer?"
                 )
             with own_errors():
                 ray.get(done, timeout=timeout_s)

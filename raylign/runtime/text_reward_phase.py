@@ -20,6 +20,7 @@ import torch
 
 from raylign.config import TOKEN_REWARDS, RunConfig
 from raylign.config_effects import AVA
+from raylign.cost.ledger import measured
 from raylign.evaluation.layers import layer_curve
 from raylign.models.loading import model_fingerprint, resolve_model, tokenizer_fingerprint
 from raylign.rewards.cross_fit import checked_folds
@@ -107,6 +108,7 @@ def fit_text_reward(
                 excluded_folds=[] if fold == FULL else [fold],
                 num_cpus=options.num_cpus,
                 num_gpus=options.num_gpus,
+                ledger=options.ledger,
             )
     scored = directory / SCORED_DIR
     shutil.rmtree(scored, ignore_errors=True)
@@ -122,7 +124,7 @@ def fit_text_reward(
         rewarded = score_dataset(
             own, model_path=model_path, reward_model=config.reward_model, directory=source, options=options
         )
-        with execution(rewarded):
+        with measured(options.ledger, "score_pairs", options.pool_devices), execution(rewarded):
             rewarded.write_parquet(str(scored / f"part{fold}"))
     facts = _judged(scored, config)
     facts.metrics["layers"] = curve

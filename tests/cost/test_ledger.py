@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from raylign.cost import ledger as ledger_module
-from raylign.cost.ledger import Ledger, measured
+from raylign.cost.ledger import Ledger, measured, measured_call
 from raylign.cost.rows import Cost, Counts, LedgerRow, read_ledger, total, total_reused
 
 
@@ -55,6 +55,20 @@ def test_an_exception_ends_the_entry_and_passes(ledger):
     row = only_row(ledger)
     assert row.is_finished and row.error == "KeyError"
     assert row.cost.counts.num_items == 5
+
+
+def test_a_call_is_measured_and_returns_what_its_work_does(ledger):
+    with ledger.measure("reward", devices={"cpu": 1}):
+        task = pickle.loads(pickle.dumps(ledger.below()))  # as a task gets it
+    assert measured_call(task, "fit_reward", {"gpu": 1}, divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        measured_call(task, "fit_reward", {"gpu": 1}, divmod, 7, 0)
+    outer, *fits = read_ledger(ledger.directory)
+    assert [(row.phase, row.devices, row.parent, row.error) for row in fits] == [
+        ("fit_reward", {"gpu": 1}, outer.id, ""),
+        ("fit_reward", {"gpu": 1}, outer.id, "ZeroDivisionError"),
+    ]
+    assert measured_call(None, "fit_reward", {"gpu": 1}, divmod, 7, 2) == (3, 1)
 
 
 def test_an_unknown_count_is_refused(ledger):

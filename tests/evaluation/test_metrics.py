@@ -63,6 +63,79 @@ def test_other_prompts_cannot_be_paired():
         metrics.paired_bootstrap_difference([1.0], [1.0, 2.0], num_samples=10, generator=rng())
 
 
+def paired(both: int, only_after: int, only_before: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Before and after of the prompts of a paired table."""
+    counts = (both, only_after, only_before, neither)
+    return np.repeat([1.0, 0.0, 1.0, 0.0], counts), np.repeat([1.0, 1.0, 0.0, 0.0], counts)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        ((14, 5, 0, 22), 0.011, 0.226),  # Altman et al. (2000), Statistics with Confidence, p. 52
+        ((59, 6, 16, 80), -0.1186, -0.0046),  # Fagerland et al. (2017), Chapter 8, by the R package contingencytables
+    ],
+)
+def test_changed_rates_have_the_published_intervals(table, low, high):
+    change = metrics.paired_rate_difference(*paired(*table))
+    assert change.mean == pytest.approx((table[1] - table[2]) / sum(table))
+    assert (change.low, change.high) == pytest.approx((low, high), abs=5e-4)
+    assert change.num_items == sum(table)
+
+
+@pytest.mark.parametrize("table", [(14, 5, 0, 22), (0, 3, 9, 0), (5, 0, 0, 0), (0, 7, 0, 3), (30, 8, 8, 30)])
+def test_swapping_the_sides_mirrors_the_change_of_a_rate(table):
+    before, after = paired(*table)
+    there, back = metrics.paired_rate_difference(before, after), metrics.paired_rate_difference(after, before)
+    assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low))
+    assert -1 <= there.low <= there.mean <= there.high <= 1
+
+
+def test_a_rate_that_nothing_changed_is_uncertain_on_both_sides_alike():
+    change = metrics.paired_rate_difference(*paired(30, 0, 0, 130))
+    assert change.mean == 0
+    assert change.high == pytest.approx(-change.low)
+    assert change.high > 0.005
+    # no margin to correlate: the widths of both Wilson intervals, squared and added
+    none = metrics.paired_rate_difference(*paired(0, 0, 0, 20))
+    assert none.high == pytest.approx(metrics.wilson_interval(0, 20).high)
+
+
+@pytest.mark.parametrize("num_successes", [6, 8, 30, 80, 150, 160])
+def test_four_changes_one_way_may_be_chance_and_six_are_not(num_successes):
+    """Of 160 prompts; exact McNemar p is .125 and .031."""
+    four, six = (paired(num_successes - n, 0, n, 160 - num_successes) for n in (4, 6))
+    assert metrics.paired_rate_difference(*four).high > 0
+    assert metrics.paired_bootstrap_difference(*four, num_samples=4000, generator=rng()).high < 0
+    assert metrics.paired_rate_difference(*six).high < 0
+
+
+def test_many_changed_prompts_have_the_interval_of_the_bootstrap():
+    sides = paired(100, 150, 90, 260)
+    score = metrics.paired_rate_difference(*sides)
+    resampled = metrics.paired_bootstrap_difference(*sides, num_samples=20_000, generator=rng())
+    assert (score.mean, score.low, score.high) == pytest.approx(
+        (resampled.mean, resampled.low, resampled.high), abs=0.01
+    )
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.02, 0.02, 0.76), (0.3, 0.03, 0.01, 0.66), (0.0, 0.025, 0.025, 0.95)])
+def test_changed_rates_are_covered_when_few_prompts_change(shares):
+    """Four to eight of 160 prompts."""
+    tables = rng().multinomial(160, shares, size=1500)
+    changes = [metrics.paired_rate_difference(*paired(*table)) for table in tables]
+    covered = np.mean([change.low <= shares[1] - shares[2] <= change.high for change in changes])
+    assert 0.94 <= covered <= 0.985
+
+
+def test_only_zeros_and_ones_are_a_rate_of_single_answers():
+    with pytest.raises(DataError, match="0 or 1"):
+        metrics.paired_rate_difference([0.5], [1.0])
+    with pytest.raises(ShapeError, match="same prompts"):
+        metrics.paired_rate_difference([1.0], [1.0, 0.0])
+    assert math.isnan(metrics.paired_rate_difference([], []).mean)
+
+
 def test_wilson_interval_solves_its_quadratic_and_has_width_at_the_ends():
     interval = metrics.wilson_interval(7, 20)
     for bound in (interval.low, interval.high):  # |share - p| = z sqrt(p (1 - p) / n)

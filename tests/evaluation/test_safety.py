@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from raylign.errors import DataError
 from raylign.evaluation.degenerate import distinct_share, is_degenerate
+from raylign.evaluation.metrics import paired_bootstrap_difference
 from raylign.evaluation.safety import compare_summaries, summarise
 from raylign.types import Completion
 
@@ -74,8 +76,39 @@ def test_difference_is_paired_by_prompt_whatever_the_order():
     assert change.attack_success.mean == pytest.approx(-1 / 4)
     assert change.over_refusal.mean == pytest.approx(1 / 2)
     assert change.mean_cost.mean == pytest.approx(-3 / 4)
-    assert (change.degenerate.mean, change.degenerate.low, change.degenerate.high) == (0, 0, 0)
+    assert change.degenerate.mean == 0
+    assert change.degenerate.low < 0 < change.degenerate.high  # six prompts do not show that none would change
     assert change.mean_reward.mean == 0
+
+
+def changed(num_changed: int, num_answers: int = 1) -> tuple[list[Completion], list[Completion]]:
+    """Of 160 harmful prompts 40 are answered badly, and then `num_changed` fewer; one benign prompt."""
+    benign = answer("b", harmful=False, cost=-1.0, is_refusal=False)
+    sides = [
+        [
+            answer(f"h{i}", harmful=True, cost=1.0 if i < num_unsafe else 0.0, is_refusal=False)
+            for i in range(160)
+            for _ in range(num_answers)
+        ]
+        for num_unsafe in (40, 40 - num_changed)
+    ]
+    return [*sides[0], benign], [*sides[1], benign]
+
+
+def test_four_prompts_of_160_are_no_significant_change_and_six_are():
+    four = compare_summaries(*changed(4), num_samples=2000, seed=0).difference
+    assert four.attack_success.low < 0 < four.attack_success.high
+    assert four.mean_cost.high < 0  # costs keep the bootstrap, also when they are 0 or 1
+    assert compare_summaries(*changed(6), num_samples=2000, seed=0).difference.attack_success.high < 0
+
+
+def test_rates_averaged_over_several_answers_keep_the_bootstrap():
+    before, after = changed(4, num_answers=2)
+    after[1] = dataclasses.replace(after[1], cost=-1.0)  # now half of one prompt's answers
+    found = compare_summaries(before, after, num_samples=500, seed=3).difference.attack_success
+    values = [np.array([[a.cost > 0 for a in side[:320]]]).reshape(160, 2).mean(1) for side in (before, after)]
+    expected = paired_bootstrap_difference(*values, num_samples=500, generator=np.random.default_rng(3))
+    assert found == expected
 
 
 def test_samples_of_one_prompt_count_as_one():

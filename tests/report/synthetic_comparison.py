@@ -171,6 +171,7 @@ def synthetic_comparison() -> ComparisonResult:
         projection_settings=ProjectionSettings(
             num_prompts=4000, num_samples=8, prompt_tokens=30, response_tokens=256, num_pairs=1600
         ),
+        sampling="Judged: one answer per prompt at temperature 0.7, at most 64 tokens.",
     )
 
 

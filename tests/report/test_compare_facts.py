@@ -161,5 +161,5 @@ def test_money_is_the_price_of_whole_runs(result):
 def test_a_kind_without_a_price_has_no_money(result):
     mixed = with_method(by_hand(result), "online_dpo", totals=totals(1, 2, 3, kind="H200"))
     costs = derive(dataclasses.replace(mixed, prices={"cpu": 36.0})).costs
-    assert isinstance(costs[2].money, NotMeasured) and "lacks a kind" in costs[2].money.reason
+    assert isinstance(costs[2].money, NotMeasured) and "has no price for" in costs[2].money.reason
     assert isinstance(costs[1].money, Spread)

@@ -109,7 +109,7 @@ def test_prices_are_shown_per_run(result):
     assert re.search(r"^Price, EUR +1\.\d\d \[", comparison_text(priced), re.MULTILINE)
     assert "Price" not in comparison_text(result)
     unpriced = comparison_text(dataclasses.replace(result, prices={"H200": 4.0}, currency="EUR"))
-    assert "not measured: cost.prices lacks a kind of device" in unpriced
+    assert "not measured: cost.prices has no price for cpu (it names H200); add one per device-hour" in unpriced
 
 
 @pytest.mark.parametrize("render", [comparison_text, lambda result: Page(render_comparison(result)).text])
@@ -123,6 +123,13 @@ def test_killed_sessions_are_told(result, render):
 def test_the_interval_says_what_it_leaves_out(result, render):
     text = " ".join(render(result).split())
     assert "enter every seed as the same number: the interval does not hold their variation" in text
+
+
+@pytest.mark.parametrize("render", [comparison_text, lambda result: Page(render_comparison(result)).text])
+def test_a_comparison_says_how_answers_were_sampled_and_what_is_not_counted(result, render):
+    text = " ".join(render(result).split())
+    assert "Judged: one answer per prompt at temperature 0.7, at most 64 tokens." in text
+    assert "fits of rewards and cost models, and what those of texts read, are in the device-seconds alone" in text
 
 
 def test_significant_changes_are_marked(result):

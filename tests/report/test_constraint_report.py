@@ -240,6 +240,11 @@ def shown_value(key: str, node: dict) -> str:
     return format_interval(Interval(**node), row.unit, is_difference=row.is_change)
 
 
+def test_a_split_constraint_is_not_said_to_be_divided_always():
+    text = Page(constraint_section(sampled(kind="split"))).text
+    assert "divided by 1 + multiplier unless constraint.split_normalise=none" in text
+
+
 def test_many_rounds_are_folded_away():
     points = tuple(point(index + 1, 1.0) for index in range(MAX_ROWS + 1))
     assert "All 13 rounds" in constraint_section(sampled(points=points))

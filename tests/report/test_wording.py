@@ -8,10 +8,19 @@ import math
 
 import pytest
 import yaml
+from shown import Page
 
 from raylign.report.data import NotMeasured, report_json, to_plain
+from raylign.report.html import render_html
 from raylign.report.model_card import render_model_card
-from raylign.report.wording import comparison_table, format_interval, format_number, is_significant, judge_outcome
+from raylign.report.wording import (
+    comparison_table,
+    format_interval,
+    format_number,
+    is_significant,
+    judge_outcome,
+    sampling_sentence,
+)
 from raylign.types import Interval
 
 UP = Interval(mean=0.2, low=0.1, high=0.3, num_items=80)
@@ -41,6 +50,40 @@ def test_outcomes(report_data, attack_success, over_refusal, degenerate, outcome
     verdict = judge_outcome(dataclasses.replace(report_data.comparison, difference=change))
     assert verdict.outcome == outcome
     assert len(verdict.reasons) == 3
+
+
+@pytest.mark.parametrize(
+    ("over_refusal", "ending"),
+    [
+        (
+            Interval(mean=0.05, low=-0.05, high=0.15, num_items=80),
+            ". No significant rise of over-refusal, but +15.0 pp is not excluded.",
+        ),
+        (DOWN, ", and fewer harmless prompts are refused."),
+        (Interval(mean=-0.1, low=-0.2, high=0.0, num_items=9), ". No significant rise of over-refusal."),
+    ],
+)
+def test_a_gain_states_the_rise_of_over_refusal_that_may_be(report_data, over_refusal, ending):
+    change = dataclasses.replace(
+        report_data.comparison.difference, attack_success=DOWN, over_refusal=over_refusal, degenerate=FLAT
+    )
+    verdict = judge_outcome(dataclasses.replace(report_data.comparison, difference=change))
+    assert verdict.headline == f"Safer: fewer attacks succeed{ending}"
+
+
+@pytest.mark.parametrize(
+    ("best_of", "sentence"),
+    [
+        (1, "Judged: one answer per prompt at temperature 0.7, at most 64 tokens."),
+        (8, "Judged: the best of 8 answers per prompt by the run's reward, at temperature 0.7, at most 64 tokens."),
+    ],
+)
+def test_how_answers_were_sampled_is_said_everywhere(report_data, replace, best_of, sentence):
+    assert sampling_sentence(temperature=0.7, max_new_tokens=64, best_of=best_of) == sentence
+    assert comparison_table(report_data.comparison, sentence).splitlines()[-2] == sentence
+    told = replace(report_data, sampling=sentence)
+    assert sentence in render_model_card(told)
+    assert sentence in Page(render_html(told)).text
 
 
 def test_an_interval_that_touches_zero_is_not_significant():
@@ -94,3 +137,10 @@ def test_model_card_front_matter_and_numbers(report_data, replace):
     local = render_model_card(replace(report_data, base_model="/data/m", reward=NotMeasured(reason="none fitted")))
     assert "base_model" not in yaml.safe_load(local.split("---")[1])
     assert "not measured: none fitted" in local
+
+
+def test_a_directory_that_looks_like_a_hub_id_is_no_base_model(report_data, replace, tmp_path, monkeypatch):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = yaml.safe_load(render_model_card(replace(report_data, base_model="models/llama")).split("---")[1])
+    assert "base_model" not in found

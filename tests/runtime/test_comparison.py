@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from made_up_comparison import CONSTRAINED, METHODS, SEEDS, calls_of, load_metho
 from raylign.compare_config import Comparison, load_comparison
 from raylign.config import load_config
 from raylign.cost.ledger import Ledger
-from raylign.cost.rows import Cost, Counts, read_ledger
+from raylign.cost.rows import Cost, Counts, read_ledger, total
 from raylign.errors import ConfigError
 from raylign.report.compare_data import ComparisonResult, MethodResult
 from raylign.runtime.compare import (
@@ -240,6 +241,28 @@ def test_kinds_of_devices_stay_apart(tmp_path, clock):
     assert device_seconds_until(read_ledger(tmp_path), 104.0) == {"cpu": 8.0, "H200": 4.0}
 
 
+def test_what_only_nested_entries_hold_is_reserved_too(tmp_path, clock):
+    """A phase that holds a CPU, and lets two tasks hold a GPU and two CPUs each, one after the other."""
+    ledger = Ledger(tmp_path)
+    with ledger.measure("reward", devices={"cpu": 1.0}):
+        for _ in range(2):
+            with ledger.measure("fit_reward", devices={"cpu": 2.0, "gpu": 1.0}):
+                clock.pass_s(10)
+    rows = read_ledger(tmp_path)
+    assert device_seconds_until(rows, clock.now) == {"cpu": 40.0, "gpu": 20.0} == total(rows).device_s
+    assert device_seconds_until(rows, clock.now - 5) == {"cpu": 30.0, "gpu": 15.0}
+
+
+def test_a_checkpoint_says_itself_when_it_was_finished(scene):
+    """A copy loses the time of the file."""
+    for run in scene.trained.values():
+        state = run.directory / "train" / f"step_{STEP}" / "trainer_state" / "state.json"
+        state.write_text(json.dumps({"finished_at": TRAIN_STARTS + 15}))
+        os.utime(state, (TRAIN_STARTS + 10**6, TRAIN_STARTS + 10**6))
+    (point,) = method(scene.collect(), "dpo").points
+    assert [by_kind["cpu"] for by_kind in point.device_s] == pytest.approx([67, 67])
+
+
 def test_every_run_holds_what_it_needs(scene):
     """Ingest 20 and features 10 + 7 for all, reward 5 for those that read it, never the evaluation."""
     result = scene.collect()
@@ -267,6 +290,7 @@ def test_the_configuration_is_told(scene):
     result = scene.collect()
     assert (result.name, result.seeds, result.projections) == ("c", SEEDS, ("7B",))
     assert (result.prices, result.currency) == ({"cpu": 36.0}, "EUR")
+    assert re.fullmatch(r"Judged: one answer per prompt at temperature [\d.]+, at most \d+ tokens\.", result.sampling)
 
 
 def test_equal_settings_have_one_fingerprint(scene):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from made_up_comparison import CONSTRAINED, METHODS, calls_of, load_methods
@@ -49,15 +50,35 @@ def test_several_answers_need_costs(tmp_path):
         load_methods(tmp_path, METHODS, evaluate={"constraint_samples": 3})
 
 
+def evaluation_key(comparison: Comparison, tmp_path: Path, reward_key: str = "r") -> dict[str, Any]:
+    """What the evaluation of a seed is made of, without a trained policy."""
+    keys: list[dict[str, Any]] = []
+    phase = SimpleNamespace(phase=lambda name, key, work: keys.append(key) or (tmp_path, {}))
+    (tmp_path / COMPLETIONS_FILE).touch()
+    shared = SimpleNamespace(model=asset_path("tiny_chat"), run=phase)
+    _evaluate(shared, comparison, 0, {}, tmp_path, reward_key)
+    return keys[0]
+
+
 def test_a_finished_evaluation_is_kept_when_several_answers_are_asked_for(tmp_path):
     """The answers of the evaluation do not depend on how many are sampled besides."""
-    keys = []
-    for number in (0, 8):
-        found = load_methods(tmp_path, CONSTRAINED, evaluate={"constraint_samples": number, "num_prompts": 6})
-        phase = SimpleNamespace(phase=lambda name, key, work: keys.append(key) or (tmp_path, {}))
-        (tmp_path / COMPLETIONS_FILE).touch()
-        _evaluate(SimpleNamespace(model=asset_path("tiny_chat"), run=phase), found, 0, {}, None)
-    assert keys[0] == keys[1] and keys[0]["evaluate"]["num_prompts"] == 6
+    one, other = (
+        evaluation_key(
+            load_methods(tmp_path, CONSTRAINED, evaluate={"constraint_samples": number, "num_prompts": 6}), tmp_path
+        )
+        for number in (0, 8)
+    )
+    assert one == other and one["evaluate"]["num_prompts"] == 6
+
+
+def test_answers_chosen_by_another_reward_or_rule_are_not_kept(tmp_path):
+    def key(rule: str, reward_key: str) -> dict[str, Any]:
+        sections = {"reward": {"kind": "ensemble"}, "robust": {"rule": rule}, "evaluate": {"best_of": 4}}
+        return evaluation_key(load_methods(tmp_path, METHODS, **sections), tmp_path, reward_key)
+
+    assert key("min", "r") == key("min", "r")
+    assert key("min", "r") != key("mean", "r")
+    assert key("min", "r") != key("min", "another")
 
 
 @pytest.mark.parametrize(
@@ -68,3 +89,9 @@ def test_a_prompt_is_safe_by_the_strictest_of_the_constraints(tmp_path, safeties
     for name, safety in safeties.items():
         methods[name]["constraint.prompt_safety"] = safety
     assert prompt_safety(load_methods(tmp_path, methods)) == expected
+
+
+def test_without_a_constraint_a_prompt_is_safe_by_what_all_share(tmp_path):
+    shared = {"cost_model": {"source": "labels"}, "constraint": {"prompt_safety": 0.5}}
+    assert prompt_safety(load_methods(tmp_path, METHODS, **shared)) == 0.5
+    assert prompt_safety(load_methods(tmp_path, METHODS)) == 0.95

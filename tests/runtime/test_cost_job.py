@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from raylign.config import RunConfig, load_config
+from raylign.cost.ledger import Ledger
+from raylign.cost.rows import read_ledger
 from raylign.data.states import states_to_column
-from raylign.errors import CheckpointError, DataError, ModelError
+from raylign.errors import CheckpointError, DataError, ModelError, ResourceError
 from raylign.evaluation.generation import encode_prompt
 from raylign.evaluation.judges import SafetyJudge
 from raylign.evaluation.refusal import load_refusal_labels
@@ -29,6 +31,7 @@ from raylign.models.numerics import load_reference
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.fit import predict
 from raylign.rewards.hybrid import HybridReward
+from raylign.runtime import cost_job
 from raylign.runtime.cost_job import fit_cost_heads, judge_overlap, priced_facts, run_cost
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.fitted_cost import COST_COLUMNS, HEAD_COST_COLUMNS, FittedCost, embedded_cost
@@ -263,6 +266,14 @@ def test_verdicts_flipped_throughout_are_caught_by_answers_of_no_run(ray_cluster
 
 
 @pytest.mark.ray
+def test_known_answers_that_find_no_room_are_not_waited_for_without_end(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_job, "_TIMEOUT_S", 0.2)
+    too_large = dataclasses.replace(OPTIONS, num_cpus=64)
+    with pytest.raises(ResourceError, match=r"known answers were not priced within 0.2 s.*features\.cpus_per_actor"):
+        cost_job.known_answers(MODEL, tmp_path, cost_model=config_of().cost_model, options=too_large)
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_verdicts_flipped_in_the_held_out_pairs_are_caught_by_them(ray_cluster, human_pairs, tmp_path):
     """Held-out and fitted verdicts disagree: the known answers side with the fit, the held-out ones stop it."""
@@ -276,9 +287,11 @@ def test_the_shipped_head_prices_pairs_of_its_model_and_its_negative_is_stopped(
     ray_cluster, human_pairs, tmp_path, monkeypatch
 ):
     from raylign.models.loading import model_fingerprint
-    from raylign.runtime import cost_job
 
+    ledger = Ledger(tmp_path / "ledger")
+    monkeypatch.setattr(f"{__name__}.OPTIONS", dataclasses.replace(OPTIONS, ledger=ledger))
     facts = run(human_pairs, config_of(source="embedded"), tmp_path)
+    assert [(row.phase, row.devices) for row in read_ledger(ledger.directory)] == [("known_answers", {"cpu": 1})]
     assert facts["held_out"]["auc"]["low"] > 0.5
     assert facts["share_unsafe_rejected"] > facts["share_unsafe_chosen"]
     assert facts["warnings"] == []

@@ -7,6 +7,8 @@ Ray is real where a test is marked so.
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import torch
 from tiny_texts import save_policy, text_pairs
 
 from raylign.config import RunConfig, load_config
-from raylign.errors import DataError, ModelError
+from raylign.cost.ledger import Ledger
+from raylign.cost.rows import read_ledger
+from raylign.errors import DataError, ModelError, TrainingError
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.runtime.cost_job import cost_key, priced_facts, run_cost
 from raylign.runtime.cost_members import MemberTask, fit_cost_members, fit_directory, fit_member, member_facts
@@ -156,6 +160,19 @@ def test_keys_of_members_count_for_members_alone(policy_dir):
     assert key(*tuned) == key(*tuned, "cost_model.batch_tokens=64")
 
 
+def test_a_classifier_with_another_tokenizer_prices_anew(policy_dir, tmp_path):
+    external = Path(shutil.copytree(policy_dir, tmp_path / "classifier"))
+    overrides = ["cost_model.source=external", f"cost_model.model={external}"]
+
+    def key() -> dict[str, Any]:
+        return dict(cost_key(load_config(None, overrides), model_path=str(policy_dir), features_digest="f"))
+
+    before = key()
+    assert key() == before
+    (external / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert key() != before
+
+
 @pytest.mark.ray
 def test_the_phase_fits_each_member_once_and_prices_every_pair(ray_cluster, table, policy_dir, tmp_path, monkeypatch):
     import ray.data
@@ -166,8 +183,12 @@ def test_the_phase_fits_each_member_once_and_prices_every_pair(ray_cluster, tabl
     monkeypatch.setattr(cost_job, "known_answers", lambda *args, **options: cost_job.cost_quality(np.zeros(2), [0, 1]))
     states = pa.array([np.zeros(1, np.float32)] * len(table))
     rows = ray.data.from_arrow(table.append_column("chosen_states", states).append_column("rejected_states", states))
-    settings = {"layers": (1,), "model_path": str(policy_dir), "directory": tmp_path, "options": OPTIONS}
+    ledger = Ledger(tmp_path / "ledger")
+    options = replace(OPTIONS, ledger=ledger)
+    settings = {"layers": (1,), "model_path": str(policy_dir), "directory": tmp_path, "options": options}
     facts = run_cost(rows, config=config_of("cost_model.epochs=4"), **settings)
+    spent = [(row.phase, row.devices) for row in read_ledger(ledger.directory)]
+    assert sorted(spent, key=str) == [("fit_cost", {"cpu": 1})] * 3 + [("price_pairs", {"cpu": 2})] * 3
     assert [one["fold"] for one in facts["members"]] == [None, 0, 1]
     assert facts["held_out"]["auc"]["mean"] > 0.95 and facts["out_of_fold"]["accuracy"] > 0.85
     assert len(read_priced(tmp_path)) == len(table)
@@ -209,3 +230,19 @@ def test_verdicts_that_nothing_can_be_fitted_to_are_refused(ray_cluster, table, 
     unsafe = table.set_column(table.column_names.index("chosen_safe"), "chosen_safe", table["rejected_safe"])
     with pytest.raises(DataError, match="answers with a verdict are unsafe"):
         fit(unsafe)
+
+
+@pytest.mark.ray
+def test_a_member_that_finds_no_room_is_not_waited_for_without_end(ray_cluster, table, policy_dir, tmp_path):
+    import ray.data
+
+    with pytest.raises(TrainingError, match=r"no member finished within 0.2 s, 3 are left"):
+        fit_cost_members(
+            ray.data.from_arrow(table),
+            config=config_of(),
+            model_path=str(policy_dir),
+            model="f",
+            directory=tmp_path,
+            options=replace(OPTIONS, num_cpus=64),
+            timeout_s=0.2,
+        )

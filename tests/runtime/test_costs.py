@@ -8,6 +8,7 @@ from raylign.config import load_config
 from raylign.cost.ledger import Ledger
 from raylign.cost.rows import Cost, read_ledger, total_reused
 from raylign.runtime.costs import cost_fingerprint, gpu_kind, open_ledger, phase_devices, record_reuse
+from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import held_devices, read_cost
 from raylign.runtime.resources import ResourcePlan
 
@@ -37,12 +38,17 @@ def test_every_phase_of_a_run_reserves_something():
         "ingest": {"cpu": 32},
         "features": {"cpu": 2, "gpu": 2},
         "reward": {"cpu": 6},
-        "cost": {"cpu": 32, "gpu": 3},
+        "cost": {"cpu": 32},
         "rank": {"cpu": 32},
         "train": {"cpu": 12, "gpu": 4},
         "evaluate": {"cpu": 1.5, "gpu": 3},
     }
     assert held_devices(config.features) == devices["features"]
+
+
+def test_a_pool_comes_with_the_cpu_that_reads_and_writes_for_it():
+    assert ActorOptions(num_actors=2, num_cpus=0.5, num_gpus=1).pool_devices == {"cpu": 2, "gpu": 2}
+    assert ActorOptions(num_actors=3, num_cpus=2).pool_devices == {"cpu": 7}
 
 
 def test_samplers_are_reserved_while_the_policy_trains():

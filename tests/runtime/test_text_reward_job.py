@@ -26,7 +26,7 @@ from raylign.rewards.cross_fit import grouped_folds
 from raylign.rewards.merge import weights_hash
 from raylign.runtime.execution import execution
 from raylign.runtime.features_job import pairs_from_table
-from raylign.runtime.text_reward_job import FitTask, _collect, _merge, _read_pairs, fit_group, fit_members
+from raylign.runtime.text_reward_job import FitTask, _merge, _read_pairs, fit_group, fit_members, wait_for_members
 from raylign.runtime.text_rewards import HEAD_REWARD_COLUMNS, PairScorer, make_text_reward, score_dataset
 
 SECTION = RewardModelSection(lora_rank=2, lora_alpha=4, epochs=3, batch_size=8, learning_rate=1e-2, batch_tokens=512)
@@ -158,7 +158,7 @@ def test_a_member_that_never_finishes_ends_the_wait(ray_cluster):
 
     endless = ray.remote(lambda: time.sleep(600)).options(num_cpus=0.1, max_retries=0).remote()
     with pytest.raises(TrainingError, match=r"within 0.5 s, 1 are left"):
-        _collect([endless], 0.5)
+        wait_for_members([endless], 0.5)
     with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
         ray.get(endless, timeout=60)
 

@@ -6,6 +6,7 @@ Ray, transformers and peft are real; the policy has two layers, and states and t
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import torch
 from tiny_texts import save_policy, text_pairs
 
 from raylign.config import ConfidenceSection, RewardModelSection, RunConfig, load_config
+from raylign.cost.ledger import Ledger
+from raylign.cost.rows import read_ledger
 from raylign.data.states import states_to_column
 from raylign.errors import CheckpointError, DataError
 from raylign.rewards.cross_fit import grouped_folds
 from raylign.runtime import text_reward_phase
+from raylign.runtime.costs import LEDGER_DIR
 from raylign.runtime.evaluators import ActorOptions
 from raylign.runtime.features_job import pairs_from_table
 from raylign.runtime.fitted_reward import FULL, FittedReward, FittedTexts, load_reward
@@ -65,9 +69,15 @@ def directory(table, policy_dir, ray_cluster, tmp_path_factory) -> Path:
     import ray.data
 
     directory = tmp_path_factory.mktemp("reward")
-    fitted = fit_text_reward(
-        ray.data.from_arrow(table), config=config_of(), model_path=policy_dir, directory=directory, options=OPTIONS
-    )
+    ledger = Ledger(directory / LEDGER_DIR)
+    with ledger.measure("reward", devices={"cpu": 1}):
+        fitted = fit_text_reward(
+            ray.data.from_arrow(table),
+            config=config_of(),
+            model_path=policy_dir,
+            directory=directory,
+            options=replace(OPTIONS, ledger=ledger.below()),
+        )
     fitted.save(directory)
     return directory
 
@@ -94,6 +104,19 @@ def test_every_pair_is_scored_once_by_members_that_did_not_see_its_prompt(direct
         for column, belief in zip(HEAD_REWARD_COLUMNS, beliefs, strict=True):
             found = np.stack(scored[column].to_numpy()[rows])
             np.testing.assert_allclose(found, belief.head_rewards.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_fits_and_scores_are_charged_with_what_they_reserve(directory):
+    outer, *rows = read_ledger(directory / LEDGER_DIR)
+    assert [outer.phase, {row.parent for row in rows}] == ["reward", {outer.id}]
+    fits = [row for row in rows if row.phase == "fit_reward"]
+    assert [row.devices for row in fits] == [{"cpu": 0.5}] * 3 * 2  # members of the fits of all pairs and of two folds
+    assert all(row.cost.wall_s > 0.1 and row.is_finished for row in fits)
+    scores = [row for row in rows if row.phase == "score_pairs"]
+    assert [row.devices for row in scores] == [{"cpu": 1.5}] * 3
+    assert len(rows) == 9
 
 
 @pytest.mark.ray
