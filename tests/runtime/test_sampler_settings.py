@@ -19,7 +19,7 @@ def settings(**sections: dict[str, Any]) -> EngineSettings:
     return engine_settings(resolve_model("embedded"), load_config(values=values))
 
 
-@pytest.mark.parametrize(("num_gpus", "extra"), [(0, r"launch/setup\.sh --vllm"), (2, r"raylign\[gpu\]")])
+@pytest.mark.parametrize(("num_gpus", "extra"), [(0, r"launch/setup\.sh --vllm"), (2, r"'\.\[gpu\]'")])
 def test_a_missing_vllm_is_an_error_that_names_the_extra(monkeypatch, num_gpus, extra):
     monkeypatch.setitem(sys.modules, "vllm", None)
     engine = SamplerEngine(settings(sampler={"gpus_per_engine": num_gpus}))
