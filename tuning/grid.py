@@ -33,7 +33,7 @@ Pairs = tuple[torch.Tensor, torch.Tensor]  # chosen and rejected states, each (N
 ScreenMetric = Literal["brier", "ece", "accuracy"]
 
 _FLOOR = "confidence.floor"
-_NOT_OF_A_FIT = {"num_heads", "standardize"}
+_NOT_OF_A_FIT = {"num_heads", "standardize", "folds", "max_pairs"}  # of an ensemble
 
 
 @dataclass(frozen=True, kw_only=True)

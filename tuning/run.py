@@ -16,7 +16,14 @@ import ray
 from ray import tune
 
 from raylign.config import RunConfig, check_devices, idle_keys, needs_cost
-from raylign.errors import CacheMismatchError, MissingDependencyError, OutputExistsError, TrainingError
+from raylign.errors import (
+    CacheMismatchError,
+    ConfigError,
+    MissingDependencyError,
+    OutputExistsError,
+    ResourceError,
+    TrainingError,
+)
 from raylign.models.loading import resolve_model
 from raylign.runtime.check import check_packages
 from raylign.runtime.features_job import read_features
@@ -24,10 +31,11 @@ from raylign.runtime.identity import FREE_KEYS, method_identity
 from raylign.runtime.pair_states import read_states
 from raylign.runtime.phases import digest, renamed
 from raylign.runtime.progress import phase_line
-from raylign.runtime.run_phases import Phases, check_demand, open_phases
+from raylign.runtime.run_phases import CACHES, Phases, check_demand, open_phases
 from tuning.collect import REWARDS, SHARED, collect, evaluate_seed
 from tuning.concurrency import trials_at_once
 from tuning.grid import ScreenData, Screened, survivors, timed_screen
+from tuning.placement_groups import live_groups, remove_left
 from tuning.result import SweepResult
 from tuning.search_space import Axis, PointKeys
 from tuning.sweep_config import Sweep, SweepSection, Trial, cheap_part, check_differ
@@ -48,16 +56,17 @@ from tuning.trial import (
 TUNE = "tune"
 _TRIAL_MEMORY = 2**29  # what Tune books for a trial's own process; the training reserves its devices itself
 _NO_LIMIT = 10**9  # updates; a trial ends by itself
-_SCREEN_TIMEOUT_S = 3600.0
+_SCREEN_TIMEOUT_S = 24 * 3600.0
 
 
 def run_sweep(sweep: Sweep) -> SweepResult:
     """Run what has not been run yet, and collect the results; Ray must be initialised.
 
     Everything is written below `<run.storage>/<run.name>`: `shared/` with the phases that all trials read, `rewards/`
-    with every distinct reward, and one run directory per trial below `trials/`. A killed sweep goes on with
-    run.resume=true: what is finished is kept, what was stopped stays stopped, what was at work continues from its
-    newest checkpoint. Trials that fail are in the result as failed; when all do, that is an error.
+    with every distinct reward, and one run directory per trial below `trials/`; features alone are beside it, in the
+    cache of all runs. A killed sweep goes on with run.resume=true: what is finished is kept, what was stopped stays
+    stopped, what was at work continues from its newest checkpoint. Trials that fail are in the result as failed; when
+    all do, that is an error.
 
     Raises:
         RaylignError: any of the leaves in `raylign.errors`, each naming the place and the cure.
@@ -68,6 +77,7 @@ def run_sweep(sweep: Sweep) -> SweepResult:
     trials = sweep.trials or tuple(sweep.trial(keys, sweep.sweep.seeds[0]) for keys in sweep.checked_points)
     if sweep.sweep.search == "optuna":
         _check_optuna()
+        _check_seed(sweep)
     configs = [trial.config for trial in trials]
     for config in (base, *configs):
         check_devices(config)
@@ -81,7 +91,7 @@ def run_sweep(sweep: Sweep) -> SweepResult:
     for config in (base, *configs):
         check_demand(config)  # last: it writes below run.storage to see whether all nodes see it
     model = resolve_model(base.policy.model)
-    shared = open_phases(renamed(base, storage=directory, name=SHARED), model)
+    shared = open_phases(renamed(base, storage=directory, name=SHARED), model, caches=directory.parent / CACHES)
     ingest, ingest_facts = shared.ingest()
     features, features_digest = shared.features(ingest, ingest_facts["fingerprint"])
     rows, screen_s = _screen(shared, sweep, features, features_digest)
@@ -135,11 +145,20 @@ def _screen(shared: Phases, sweep: Sweep, features: Path, features_digest: str) 
         states = read_states(read_features(features), max_pairs=sweep.base.reward.max_pairs)
         task = ray.remote(timed_screen).options(num_cpus=1)
         ref = task.remote(ScreenData.of(states), settings, sweep.sweep.replicates)
-        rows, seconds = ray.get(ref, timeout=_SCREEN_TIMEOUT_S)
+        try:
+            rows, seconds = ray.get(ref, timeout=_SCREEN_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.cancel(ref, force=True)
+            raise ResourceError(
+                f"{len(settings)} cheap settings were not judged within {_SCREEN_TIMEOUT_S:g} s: another job may hold "
+                f"the CPUs; if not, lower sweep.replicates={sweep.sweep.replicates} or "
+                f"reward.max_pairs={sweep.base.reward.max_pairs}, and continue with --resume"
+            ) from error
         return {"rows": rows, "seconds": seconds}
 
-    shared.run.devices = {**shared.run.devices, "screen": {"cpu": 1.0}}
-    _, facts = shared.run.phase("screen", key, work)
+    name = f"screen-{digest(key)[:8]}"  # a sweep that got more settings is screened anew
+    shared.run.devices = {**shared.run.devices, name: {"cpu": 1.0}}
+    _, facts = shared.run.phase(name, key, work)
     return tuple(Screened.from_plain(row) for row in facts["rows"]), facts["seconds"]
 
 
@@ -148,7 +167,7 @@ def _kept(sweep: Sweep, rows: Sequence[Screened]) -> list[PointKeys]:
     if sweep.sweep.keep is None or not rows:
         return list(sweep.points)
     kept = survivors(rows, keep=sweep.sweep.keep, metric=sweep.sweep.screen_metric)
-    points = [keys for keys in sweep.points if cheap_part(keys) in kept]
+    points = [keys for keys in sweep.points if cheap_part(sweep.trial(keys, sweep.base.run.seed)) in kept]
     phase_line("screen", f"{len(points)} of {len(sweep.points)} points are trained (sweep.keep={sweep.sweep.keep})")
     return points
 
@@ -204,7 +223,9 @@ def _train(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Ray Train keeps them
         ),
     )
+    earlier = live_groups()
     results = tuner.fit()
+    remove_left(earlier)
     trials = known_trials(sweep) if search is not None else list(planned)
     # a trial's directory has its name, see trial_dirname_creator
     failed = {Path(result.path).name: _cause(result.error) for result in results if result.error is not None}
@@ -340,6 +361,16 @@ def _domain(axis: Axis) -> Any:
 def _check_optuna() -> None:
     if importlib.util.find_spec("optuna") is None:
         raise MissingDependencyError("sweep.search=optuna needs Optuna: pip install 'raylign[sweep]'")
+
+
+def _check_seed(sweep: Sweep) -> None:
+    """Refuse to resume Optuna's search with another seed than that of its points, which would not be evaluated."""
+    known = sorted({trial.seed for trial in known_trials(sweep)})
+    if known not in ([], sweep.sweep.seeds):
+        raise ConfigError(
+            f"sweep.seeds={sweep.sweep.seeds}, but the points in {sweep.directory} have {known}: Optuna learns from "
+            "one training per point; resume with the seed that they have, or sweep under a new run.name"
+        )
 
 
 def _optuna(sweep: Sweep) -> Any:

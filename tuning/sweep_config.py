@@ -35,7 +35,15 @@ CHEAP_KEYS = frozenset(
     {"confidence.alpha", "confidence.floor", "confidence.center", "confidence.squash", "confidence.temperature"}
 )
 _CHEAP_SECTIONS = ("reward.", "brme.")
+# of the reward, what only some kinds show on cached states: the base says how many pairs are read, BRME alone fits its
+# targets by folds, and draws are not what a Laplace posterior is judged by
+_CHEAP_FOR: dict[str, tuple[str, ...]] = {
+    "reward.max_pairs": (),
+    "reward.folds": ("brme",),
+    "reward.num_heads": ("ensemble", "brme"),
+}
 _SECTION = "sweep"
+_TURNING_SECTIONS = ("confidence.", "constraint.")  # of the labels that a training reads
 _NOT_MEASURED = (*DRIFT_KEYS, "constraint_samples")
 _MAX_NAME = 80
 
@@ -66,10 +74,13 @@ class SweepSection(Section):
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; default: as many as fit the cluster")
 
 
-_READ_BY = {
-    "num_samples": ("search", ("random", "optuna")),
-    "grace_steps": ("scheduler", ("asha",)),
-    "reduction_factor": ("scheduler", ("asha",)),
+_COMPARES = (("scheduler", "asha"), ("search", "optuna"))
+_READ_BY: dict[str, tuple[tuple[str, str], ...]] = {
+    "num_samples": (("search", "random"), ("search", "optuna")),
+    "grace_steps": (("scheduler", "asha"),),
+    "reduction_factor": (("scheduler", "asha"),),
+    "metric": _COMPARES,
+    "mode": _COMPARES,
 }
 
 
@@ -157,9 +168,9 @@ class Sweep:
         """Distinct cheap parts of the points, each with a configuration that has it and the seed of the sweep."""
         found: dict[str, tuple[PointKeys, RunConfig]] = {}
         for keys in self.points:
-            part = cheap_part(keys)
-            if part and repr(part) not in found:
-                found[repr(part)] = (part, self.trial(keys, self.base.run.seed).config)
+            trial = self.trial(keys, self.base.run.seed)
+            if part := cheap_part(trial):
+                found.setdefault(repr(part), (part, trial.config))
         settings = tuple(found.values())
         return settings if len(settings) > 1 and all(can_screen(config) for _, config in settings) else ()
 
@@ -174,14 +185,16 @@ class Sweep:
         return tuple(self.trial(keys, seed) for seed in self.sweep.seeds for keys in self.points)
 
 
-def is_cheap(key: str) -> bool:
-    """Whether what a key changes shows on cached states, before anything is trained."""
+def is_cheap(key: str, kind: str) -> bool:
+    """Whether what a key changes shows on cached states, before anything is trained, for a reward of this kind."""
+    if key in _CHEAP_FOR:
+        return kind in _CHEAP_FOR[key]
     return key in CHEAP_KEYS or key.startswith(_CHEAP_SECTIONS)
 
 
-def cheap_part(keys: PointKeys) -> dict[str, Any]:
+def cheap_part(trial: Trial) -> dict[str, Any]:
     """The cheap keys of a point."""
-    return {key: value for key, value in keys.items() if is_cheap(key)}
+    return {key: value for key, value in trial.keys.items() if is_cheap(key, trial.config.reward.kind)}
 
 
 def reads_confidence(config: RunConfig) -> bool:
@@ -237,8 +250,8 @@ def load_sweep(
     for name in ("keep", "replicates"):
         if name in settings.model_fields_set and not draft.cheap_settings:
             raise ConfigError(
-                f"sweep.{name} is set but no axis of space {found.name} can be judged on cached states (reward.*, "
-                "brme.* and label confidence, unless the reward reads texts or nobody reads it); remove it"
+                f"sweep.{name} is set but no axis of space {found.name} can be judged on cached states (what a reward "
+                "is fitted by and label confidence, unless the reward reads texts or nobody reads it); remove it"
             )
     base = shared_config(merged, [trial.config for trial in trials])
     return dataclasses.replace(draft, base=base)
@@ -254,13 +267,19 @@ def _settings(section: Any) -> SweepSection:
             for item in error.errors()
         )
         raise ConfigError(found) from None
-    for key, (other, values) in _READ_BY.items():
-        if key in settings.model_fields_set and getattr(settings, other) not in values:
-            raise ConfigError(f"sweep.{key} is set but has no effect here; remove it or set sweep.{other}={values[0]}")
+    for key, readers in _READ_BY.items():
+        if key in settings.model_fields_set and all(getattr(settings, name) != value for name, value in readers):
+            cure = " or ".join(f"sweep.{name}={value}" for name, value in readers)
+            raise ConfigError(f"sweep.{key} is set but has no effect here; remove it or set {cure}")
     if settings.keep is None and "screen_metric" in settings.model_fields_set:
         raise ConfigError("sweep.screen_metric is set but has no effect here; remove it or set sweep.keep")
     if not settings.seeds or len(set(settings.seeds)) != len(settings.seeds):
         raise ConfigError(f"sweep.seeds={settings.seeds} needs one seed or more, each once")
+    if settings.scheduler == "asha" and len(settings.seeds) > 1:
+        raise ConfigError(
+            f"sweep.seeds={settings.seeds}: asha stops each training by itself, and a point counts when it has all of "
+            "its seeds, so that none may be left; use sweep.seeds='[0]', then train the survivors with more seeds"
+        )
     if settings.search == "optuna":
         if len(settings.seeds) > 1:
             raise ConfigError(
@@ -328,7 +347,7 @@ def _check_read(merged: Mapping[str, Any], trials: Sequence[Trial]) -> None:
 
 
 def _check_metric(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Refuse metrics of pairs where nothing is trained on pairs."""
+    """Refuse metrics of pairs where nothing is trained on pairs, and the default where axes turn pairs round."""
     metric = sweep.compared_metric
     by_gradient = [trial.point for trial in trials if trial.config.train.method == "policy_gradient"]
     if metric is not None and metric.startswith("rewards/") and by_gradient:
@@ -336,6 +355,14 @@ def _check_metric(sweep: Sweep, trials: Sequence[Trial]) -> None:
             f"sweep.metric={metric} is one of pairs, which train.method=policy_gradient has none of (point "
             f"{by_gradient[0]}): use one that it records at the end of a round, such as critic/score/mean or "
             "constraint/mean_cost"
+        )
+    turning = [axis.key for axis in sweep.space.axes if axis.key.startswith(_TURNING_SECTIONS)]
+    if metric is not None and turning and "metric" not in sweep.sweep.model_fields_set:
+        raise ConfigError(
+            f"sweep.metric={metric}, the default, counts pairs in stored order, and {turning[0]} decides which of them "
+            "are trained on turned round: points with more of these score lower by construction; set sweep.metric to "
+            f"what points are to be compared by ({metric} is possible), or sweep.scheduler=none and sweep.search=grid "
+            "or random"
         )
 
 

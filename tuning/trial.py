@@ -3,7 +3,8 @@
 Ray Tune ends a trial by ending its actor. The controller of Ray Train dies with it, but the placement group of its
 workers does not: a placement group lives until its job ends, and the helper of Ray Train that would remove it asks the
 dashboard, which a local Ray has not. Therefore the work is done by an actor beside (`TrialRunner`), which is told to
-stop and ends its controller in good order; only then does Tune's actor go.
+stop and ends its controller in good order; only then does Tune's actor go, unless the sweep is over and Tune does not
+wait for it (`tuning.placement_groups`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from raylign.rewards.fit import predict
 from raylign.runtime.pair_states import PairStates
 from raylign.runtime.reward_job import Held, head_fitter
 from tuning.grid import Quality, ScreenData, Screened, fit_sizes, quality, screen, survivors
-from tuning.sweep_config import cheap_part, is_cheap
+from tuning.sweep_config import Trial, cheap_part, is_cheap
 
 NUM_LAYERS, WIDTH = 2, 8
 
@@ -77,6 +77,20 @@ def test_a_screened_setting_is_what_its_own_fit_says() -> None:
         assert (got.ece, got.brier) == pytest.approx((want.ece, want.brier), abs=1e-4)
 
 
+def test_ensembles_that_differ_in_what_no_fit_reads_are_still_one_fit() -> None:
+    """The second replicate of a size is made of other members when the largest size is not in the same fit."""
+
+    def rows(*folds: int) -> list[Screened]:
+        rewards = [
+            {"kind": "ensemble", "epochs": 2, "batch_size": 16, "num_heads": size, "folds": num, "max_pairs": 10 * num}
+            for size, num in zip((2, 4), folds, strict=True)
+        ]
+        settings = [({"reward.num_heads": one["num_heads"]}, load_config(values={"reward": one})) for one in rewards]
+        return screen(data(), settings, replicates=2)
+
+    assert rows(2, 3) == rows(3, 3)
+
+
 def test_a_floor_changes_flips_and_not_the_belief() -> None:
     settings = [({"confidence.floor": floor}, config(floor=floor)) for floor in (0.0, 0.5)]
     free, floored = (row.test[0] for row in screen(data(), settings, replicates=1))
@@ -104,10 +118,30 @@ def test_the_best_beliefs_survive_with_all_their_floors() -> None:
 
 
 def test_cheap_is_what_shows_on_cached_states() -> None:
-    assert [is_cheap(key) for key in ("reward.kind", "brme.loss", "confidence.alpha", "confidence.source")] == [
-        True, True, True, False,
-    ]  # fmt: skip
-    assert cheap_part({"reward.num_heads": 2, "train.beta": 0.1}) == {"reward.num_heads": 2}
+    keys = ("reward.kind", "brme.loss", "confidence.alpha", "confidence.source", "reward.max_pairs")
+    assert [is_cheap(key, "brme") for key in keys] == [True, True, True, False, False]
+    point = Trial(point="p", keys={"reward.num_heads": 2, "train.beta": 0.1}, seed=0, config=config())
+    assert cheap_part(point) == {"reward.num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        ("hybrid", "folds", (2, 4)),
+        ("ensemble", "folds", (2, 4)),
+        ("brme", "folds", (2, 4)),
+        ("laplace", "folds", (2, 4)),
+        ("ensemble", "num_heads", (2, 4)),
+        ("brme", "num_heads", (2, 4)),
+        ("laplace", "num_heads", (2, 4)),
+        ("ensemble", "max_pairs", (20, 30)),
+    ],
+)
+def test_keys_are_cheap_for_the_kinds_that_they_change(kind: str, name: str, values: tuple[int, int]) -> None:
+    rewards = [({"kind": kind} if kind == "laplace" else {"kind": kind, "epochs": 2}) | {name: one} for one in values]
+    settings = [({f"reward.{name}": one[name]}, load_config(values={"reward": one})) for one in rewards]
+    first, second = screen(data(), settings, replicates=1)
+    assert is_cheap(f"reward.{name}", kind) == (first.valid != second.valid)
 
 
 def test_where_no_confidence_is_read_the_belief_is_the_probability_of_the_order() -> None:

@@ -61,6 +61,14 @@ def test_metrics_of_pairs_are_refused_where_there_are_none(tmp_path: Path) -> No
     load_sweep(own, overrides=["sweep.scheduler=asha", "sweep.metric=critic/score/mean"])
 
 
+@pytest.mark.parametrize("metric", ["loss", "rewards/accuracies"])
+def test_points_that_turn_pairs_round_are_compared_by_a_metric_that_was_asked_for(tmp_path: Path, metric: str) -> None:
+    own = space(tmp_path, "confidence.alpha: {grid: [1, 2]}")
+    sweep = load_sweep(own, overrides=["sweep.scheduler=asha", f"sweep.metric={metric}"])
+    assert sweep.compared_metric == metric
+    assert load_sweep(own).compared_metric is None
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     config = tmp_path / "base.yaml"
     config.write_text("train: {max_steps: 3, epochs: 2, batch_size: 4}\nrun: {name: x}")
@@ -97,10 +105,21 @@ def test_shipped_spaces_can_be_swept(name: str) -> None:
         ("train.beta: {uniform: [1, 2]}", [], r"sweep\.search=grid goes through listed values, train\.beta has none"),
         ("train.beta: {grid: [1, 2]}", ["sweep.num_samples=3"], r"sweep\.num_samples is set but has no effect"),
         ("train.beta: {grid: [1, 2]}", ["sweep.grace_steps=3"], r"sweep\.grace_steps is set .*scheduler=asha"),
+        ("train.beta: {grid: [1, 2]}", ["sweep.metric=loss"], r"sweep\.metric is set .*=asha or sweep\.search=optuna"),
+        ("train.beta: {grid: [1, 2]}", ["sweep.search=random", "sweep.mode=min"], r"sweep\.mode is set but has no eff"),
         ("train.beta: {grid: [1, 2]}", ["sweep.screen_metric=ece"], r"remove it or set sweep\.keep"),
         ("train.beta: {grid: [1, 2]}", ["sweep.seeds=[1, 1]"], r"one seed or more, each once"),
         ("train.beta: {grid: [1, 2]}", ["sweep.sedes=[1]"], r"sweep\.sedes=.* \(keys are search, "),
         ("train.beta: {grid: [1, 2]}", ["sweep.search=optuna", "sweep.seeds=[1, 2]"], r"use one seed"),
+        ("train.beta: {grid: [1, 2]}", ["sweep.scheduler=asha", "sweep.seeds=[1, 2]"], r"asha stops .*seeds='\[0\]'"),
+        ("confidence.alpha: {grid: [1, 2]}", ["sweep.scheduler=asha"], r"default, .*order, and confidence\.alpha"),
+        (
+            "constraint.kind: rectified\nconstraint.multiplier: {grid: [1, 2]}",
+            ["sweep.search=optuna"],
+            r"and constraint\.multiplier decides .* set sweep\.metric to what",
+        ),
+        ("reward.max_pairs: {grid: [50, 60]}", ["sweep.keep=1"], r"sweep\.keep is set but no axis"),
+        ("reward.folds: {grid: [2, 3]}", ["sweep.keep=1"], r"sweep\.keep is set but no axis"),
         (
             "reward.kind: brme\nrobust.w_nominal: {grid: [0.1, 0.2]}\nevaluate.best_of: 2\n",
             [],

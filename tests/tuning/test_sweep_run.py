@@ -131,7 +131,8 @@ def test_every_trial_is_a_run_and_features_are_made_once(swept: Any, directory: 
     from raylign.cost.rows import read_ledger
 
     root = directory / "s"
-    assert len(list(root.glob("cache/features-*"))) == 1
+    assert len(list((directory / "cache").glob("features-*"))) == 1  # of all runs below the storage
+    assert not (root / "cache").exists()
     assert len(list(root.glob("rewards/*/reward/manifest.json"))) == 1
     trials = sorted(path.name for path in (root / "trials").iterdir())
     assert trials == ["max_steps-3-seed0", f"max_steps-{LONG}-seed0"]
@@ -216,11 +217,11 @@ def test_a_killed_driver_is_continued_where_it_was(ray_cluster: None, tmp_path: 
                    json.loads((trial.directory / "train" / "manifest.json").read_text())["status"] == "done"
                    for trial in sweep.trials)  # fmt: skip
     wait_for(lambda: ray.available_resources().get("CPU") == 2.0, "all CPUs free after the kill", 60)
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "cache").rglob("*.parquet")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.parquet")}
     assert made
     result = run_sweep(small(tmp_path, space, is_resumed=True))
     assert [len(point.seeds) for point in result.points] == [1, 1]
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "cache").rglob("*.parquet")} == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.parquet")} == made
     for file in files:
         assert [record["step"] for record in read_records(file)] == list(range(1, 61))
     assert not list((tmp_path / "s" / "trials").rglob(STOPPED_FILE))

@@ -13,7 +13,7 @@ from raylign.config import to_yaml
 from raylign.errors import CacheMismatchError, ConfigError
 from raylign.runtime.phases import CONFIG_FILE, MANIFEST, write_json
 from raylign.runtime.trainer import METRICS_FILE
-from tuning.run import _cause, _domain, _optuna, _scheduler, check_same
+from tuning.run import _cause, _domain, _optuna, _scheduler, check_same, run_sweep
 from tuning.sweep_config import Sweep, SweepSection, load_sweep
 from tuning.trial import (
     IS_DONE,
@@ -221,6 +221,19 @@ def test_optuna_goes_on_with_new_points(tmp_path: Path) -> None:
     again = suggested(6)
     assert sorted(again[:3]) == pytest.approx(sorted(first))
     assert len({round(beta, 9) for beta in again}) == 6
+
+
+def test_optuna_is_not_resumed_with_another_seed(tmp_path: Path) -> None:
+    """Its points would be trained again, and the old ones have no answers to be judged by."""
+    pytest.importorskip("optuna")
+    space = tmp_path / "own.yaml"
+    space.write_text("train.beta: {uniform: [0.1, 0.5]}")
+    overrides = [f"run.storage={tmp_path}", "run.name=s", "sweep.search=optuna", "sweep.seeds=[4]"]
+    trial = load_sweep(str(space), overrides=overrides).trial({"train.beta": 0.2}, 0)
+    trial.directory.mkdir(parents=True)
+    write_json(trial.directory / TRIAL_FILE, {"keys": dict(trial.keys), "seed": 0})
+    with pytest.raises(ConfigError, match=r"sweep\.seeds=\[4\], but the points in .* have \[0\]: .* resume with the"):
+        run_sweep(load_sweep(str(space), overrides=overrides, is_resumed=True))
 
 
 def test_a_failure_is_told_by_its_cause() -> None:
