@@ -67,7 +67,7 @@ def test_default_system_prompt_comes_once(make_tokenizer):
 
 def test_today_is_the_same_every_day(make_tokenizer):
     """Else the same data are other tokens tomorrow."""
-    dated = "{% set day = strftime_now(\"%d %b %Y\") %}<|im_start|>system\n{{ day }}<|im_end|>\n" + CHATML
+    dated = '{% set day = strftime_now("%d %b %Y") %}<|im_start|>system\n{{ day }}<|im_end|>\n' + CHATML
     tokenizer = make_tokenizer(dated, specials=IM)
     prompt, _, _ = texts(make_pair(), tokenizer)
     assert prompt.startswith("<|im_start|>system\n26 Jul 2024<|im_end|>\n<|im_start|>user")
