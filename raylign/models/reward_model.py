@@ -283,7 +283,7 @@ def check_positions(longest: int, max_tokens: int | None) -> None:
     if max_tokens is not None and longest > max_tokens:
         raise ModelError(
             f"a prompt with its response has {longest} tokens, the reward model {max_tokens} positions; "
-            "lower data.max_length or online.max_new_tokens"
+            "lower data.max_length or sampler.max_new_tokens"
         )
 
 
