@@ -38,6 +38,7 @@ from raylign.runtime.ingest_tasks import (
     stage_chunk,
     staged_hashes,
 )
+from raylign.types import Message
 
 PAIRS_DIR = "pairs"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -121,6 +122,16 @@ def read_pairs(output_dir: Path) -> ray.data.Dataset:
     dataset = ray.data.read_parquet(parts)
     dataset.context.execution_options.preserve_order = True  # a data set has a context of its own
     return dataset
+
+
+def held_out_prompts(ingest: Path, num: int) -> list[list[Message]]:
+    """The first `num` distinct test prompts in the order of their keys, which are hashes."""
+    rows = read_pairs(ingest).select_columns(["prompt_key", "split", "prompt"])
+    found: dict[str, list[Message]] = {}
+    for row in rows.iter_rows():
+        if row["split"] == "test":
+            found.setdefault(row["prompt_key"], [Message(**turn) for turn in row["prompt"]])
+    return [found[key] for key in sorted(found)[:num]]
 
 
 def _locate(source: str | ray.data.Dataset, task: IngestTask) -> dict[str, str]:

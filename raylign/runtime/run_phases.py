@@ -40,7 +40,7 @@ from raylign.runtime.features_job import features_key, read_cost, read_features,
 from raylign.runtime.fingerprints import pairs_fingerprint, source_state
 from raylign.runtime.fitted_reward import FittedTexts, RewardFacts, load_reward
 from raylign.runtime.identity import method_identity
-from raylign.runtime.ingest_job import read_pairs, run_ingest
+from raylign.runtime.ingest_job import held_out_prompts, read_pairs, run_ingest
 from raylign.runtime.phases import MANIFEST, Run, digest, open_run
 from raylign.runtime.preflight import check_cluster
 from raylign.runtime.price_job import attach_costs
@@ -51,7 +51,6 @@ from raylign.runtime.reward_scorer import make_reward_scorer
 from raylign.runtime.text_reward_phase import SCORED_DIR, fit_text_reward, text_key
 from raylign.runtime.tracking import track_run
 from raylign.runtime.trainer import METRICS_FILE, run_training
-from raylign.types import Message
 
 POLICY_DIR = "policy"
 CACHES = "cache"
@@ -399,13 +398,3 @@ def actor_options(config: RunConfig) -> ActorOptions:
         adapter=config.policy.adapter,
         parallel=config.train.parallel,
     )
-
-
-def held_out_prompts(ingest: Path, num: int) -> list[list[Message]]:
-    """The first `num` distinct test prompts in the order of their keys, which are hashes."""
-    rows = read_pairs(ingest).select_columns(["prompt_key", "split", "prompt"])
-    found: dict[str, list[Message]] = {}
-    for row in rows.iter_rows():
-        if row["split"] == "test":
-            found.setdefault(row["prompt_key"], [Message(**turn) for turn in row["prompt"]])
-    return [found[key] for key in sorted(found)[:num]]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import PeftModel
 from tiny_run import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,18 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     first, second = (save_tiny_model(tmp_path_factory.mktemp(name)) for name in ("helpful", "safe"))
     tiny_model(seed=1).save_pretrained(second)
     return first, second
+
+
+def save_adapter(base: Path, directory: Path) -> PeftModel:
+    """An adapter that moves its base, with the tokenizer beside it."""
+    adapted = load_policy(base, adapter="lora", lora_rank=2)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(len(name)))
+    adapted.save_pretrained(directory)
+    load_tokenizer(base).save_pretrained(directory)
+    return adapted
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -40,13 +53,7 @@ def test_every_weight_lies_between_those_of_both(stages, tmp_path, share: float)
 def test_an_adapter_counts_with_its_base(stages, tmp_path) -> None:
     """The average of a model with an adapter on it is the average of their functions' weights."""
     base, _ = stages
-    adapted = load_policy(base, adapter="lora", lora_rank=2)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(generator=torch.Generator().manual_seed(len(name)))
-    adapted.save_pretrained(tmp_path / "adapter")
-    load_tokenizer(base).save_pretrained(tmp_path / "adapter")
+    adapted = save_adapter(base, tmp_path / "adapter")
     output = average_policies(base, tmp_path / "adapter", tmp_path / "average", trained_share=0.5)
     start, merged, found = (load_policy(base), adapted.merge_and_unload(), load_policy(output))
     moved = 0
@@ -59,13 +66,7 @@ def test_an_adapter_counts_with_its_base(stages, tmp_path) -> None:
 
 def test_a_merged_adapter_is_a_plain_model_that_answers_as_the_adapter_does(stages, tmp_path) -> None:
     base, _ = stages
-    adapted = load_policy(base, adapter="lora", lora_rank=2)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(generator=torch.Generator().manual_seed(len(name)))
-    adapted.save_pretrained(tmp_path / "adapter")
-    load_tokenizer(base).save_pretrained(tmp_path / "adapter")
+    adapted = save_adapter(base, tmp_path / "adapter")
     result = CliRunner().invoke(main, ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
